@@ -41,7 +41,7 @@ import weakref
 import zlib
 from base64 import urlsafe_b64encode
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from datetime import date, datetime, timedelta
 from random import uniform
 
@@ -219,13 +219,8 @@ def _name_of(id: str) -> str:
     return hashlib.sha256(b'bottle_session 1 name\0' + id.encode('ascii')).hexdigest()
 
 
-class _Seal:
-    """ Seals and opens records with keys made of the secret and the id.
-
-        Every session has a key of its own, so that random nonces are far from
-        their limit (SP 800-38D), and the store's content plus the secret still
-        say nothing without the visitor's cookie.
-    """
+class _Secrets:
+    """ The secrets, checked, as master keys: the first seals, all of them open. """
 
     def __init__(self, secret: Secret | Iterable[Secret]) -> None:
         if isinstance(secret, (str, bytes)):
@@ -235,7 +230,7 @@ class _Seal:
                             % _kind(secret))
         if not secret:
             raise ValueError('secret is an empty list: ' + _REMEDY)
-        self._masters = {}
+        self.masters: dict[bytes, bytes] = {}
         for one in secret:
             if not isinstance(one, (str, bytes)):
                 raise TypeError('secret must hold str or bytes, not %s' % _kind(one))
@@ -246,8 +241,8 @@ class _Seal:
                 warnings.warn('secret is shorter than 16 bytes: ' + _REMEDY, UserWarning,
                               stacklevel=4)
             master = hmac.digest(b'bottle_session 1 master', raw, 'sha256')
-            self._masters.setdefault(hmac.digest(master, b'key id', 'sha256')[:4], master)
-        self._first = next(iter(self._masters))
+            self.masters.setdefault(hmac.digest(master, b'key id', 'sha256')[:4], master)
+        self.first = next(iter(self.masters))
 
     def load_cipher(self) -> None:
         """ Import the cipher; stores that keep bytes need it. """
@@ -257,46 +252,70 @@ class _Seal:
         except ImportError as error:
             raise ImportError("file and redis mode seal the data with the package "
                               "'cryptography': pip install cryptography") from error
-        self._cipher, self._forged = AESGCM, InvalidTag
+        self.cipher, self.forged = AESGCM, InvalidTag
 
-    def _key(self, key_id: bytes, id: str, purpose: bytes) -> bytes:
-        return hmac.digest(self._masters[key_id], purpose + b'\0' + id.encode('ascii'), 'sha256')
 
-    def seal(self, id: str, name: str, created: float, used: float, payload: bytes) -> bytes:
-        """ Return the record that holds this payload. """
-        nonce = os.urandom(12)
-        sealed = self._cipher(self._key(self._first, id, b'seal')).encrypt(
-            nonce, _TIMES.pack(created, used) + payload, name.encode('ascii'))
-        return b''.join((self._first, nonce, _NO_STAMP, sealed))
+class _Seal:
+    """ Seals and opens the records of one session, with keys made of a secret
+        and the session's id.
 
-    def open(self, id: str, name: str, record: bytes) -> tuple[float, float, bytes]:
+        With a key for each session random nonces are far from their limit (SP
+        800-38D), and the store's content plus the secret still say nothing
+        without the visitor's cookie.
+    """
+
+    __slots__ = 'id', 'name', '_secrets', '_ciphers'
+
+    def __init__(self, secrets: _Secrets, id: str) -> None:
+        self.id = id
+        self.name = _name_of(id)
+        self._secrets = secrets
+        self._ciphers: dict[bytes, Any] = {}
+
+    def seal(self, created: float, used: float, payload: bytes) -> bytes:
+        """ Return a record that holds this payload. """
+        nonce, first = os.urandom(12), self._secrets.first
+        return first + nonce + _NO_STAMP + self._cipher(first).encrypt(
+            nonce, _TIMES.pack(created, used) + payload, self.name.encode('ascii'))
+
+    def open(self, record: bytes) -> tuple[float, float, bytes]:
         """ Return (created, last use, payload), or raise _Unreadable. """
-        if record[:4] not in self._masters:
-            raise _Unreadable('is damaged or was sealed with a secret that is not in the list')
         key_id = record[:4]
+        if key_id not in self._secrets.masters:
+            raise _Unreadable('is damaged or was sealed with a secret that is not in the list')
         try:
-            plain = self._cipher(self._key(key_id, id, b'seal')).decrypt(
-                record[4:_VERSION], record[_SEALED:], name.encode('ascii'))
-        except (self._forged, ValueError):  # ValueError: too short to be sealed
+            plain = self._cipher(key_id).decrypt(
+                record[4:_VERSION], record[_SEALED:], self.name.encode('ascii'))
+        except (self._secrets.forged, ValueError):  # ValueError: too short to be sealed
             raise _Unreadable('is damaged or forged') from None
         created, used = _TIMES.unpack_from(plain)
         stamp = record[_VERSION:_SEALED]
         if stamp != _NO_STAMP:
             noted = _TIME.unpack_from(stamp)[0]
-            if any(hmac.compare_digest(stamp, self.stamp(id, noted, key))
-                   for key in self._masters):
+            if any(hmac.compare_digest(stamp, self.stamp(noted, key_id))
+                   for key_id in self._secrets.masters):
                 used = max(used, noted)
         return created, used, plain[_TIMES.size:]
 
-    def old(self, record: bytes) -> bool:
-        """ Tell whether the record was sealed with an older secret. """
-        return record[:4] != self._first
-
-    def stamp(self, id: str, used: float, key_id: bytes | None = None) -> bytes:
+    def stamp(self, used: float, key_id: bytes | None = None) -> bytes:
         """ Return the proof of a use, for bytes 16 to 40 of a record. """
         raw = _TIME.pack(used)
-        key = self._key(key_id or self._first, id, b'use')
-        return raw + hmac.digest(key, raw, 'sha256')[:16]
+        return raw + hmac.digest(self._key(key_id or self._secrets.first, b'use'), raw,
+                                 'sha256')[:16]
+
+    def is_old(self, record: bytes) -> bool:
+        """ Tell whether the record was sealed with an older secret. """
+        return record[:4] != self._secrets.first
+
+    def _key(self, key_id: bytes, purpose: bytes) -> bytes:
+        return hmac.digest(self._secrets.masters[key_id],
+                           purpose + b'\0' + self.id.encode('ascii'), 'sha256')
+
+    def _cipher(self, key_id: bytes) -> Any:
+        cipher = self._ciphers.get(key_id)
+        if cipher is None:
+            cipher = self._ciphers[key_id] = self._secrets.cipher(self._key(key_id, b'seal'))
+        return cipher
 
 
 _REMEDY = 'run "python -m bottle_session secret" to get a good one, and keep it out of the code'
@@ -473,7 +492,9 @@ _MAX_RECORD = 64 * 1024 * 1024  # bytes; a bigger one is foreign, or a mistake
 # current, so that a reader finds the old record or the new one, whenever the
 # process dies. No rename (ext4 takes 80 us for one), and no temporary file.
 _MAGIC = b'BSess 1\n'
-_HEAD = struct.Struct('<QddIIIII')  # number, used, expires, offset, room, length, crc, 0
+_HEAD = struct.Struct('<QddIII')  # number, used, expires, offset, room, length
+_CRC = struct.Struct('<I')         # of the head and the record
+_HEAD_SIZE = _HEAD.size + _CRC.size
 _HEADS = len(_MAGIC), _PAGE // 2
 _OPEN_TO_READ = os.O_RDONLY | getattr(os, 'O_CLOEXEC', 0) | getattr(os, 'O_NOFOLLOW', 0) \
     | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_NOCTTY', 0)
@@ -485,39 +506,35 @@ _NO_FILE = {errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENOTDIR, errno.ENODEV,
 class _Slot:
     """ One of the two places of a file for a record. """
 
-    __slots__ = 'at', 'number', 'used', 'expires', 'offset', 'room', 'length', 'crc'
+    __slots__ = 'at', 'number', 'used', 'expires', 'offset', 'room', 'length'
 
     def __init__(self, page: bytes, at: int) -> None:
         self.at = at
-        if len(page) >= at + _HEAD.size:
-            (self.number, self.used, self.expires, self.offset, self.room, self.length,
-             self.crc, _) = _HEAD.unpack_from(page, at)
+        if len(page) >= at + _HEAD_SIZE:
+            (self.number, self.used, self.expires, self.offset, self.room,
+             self.length) = _HEAD.unpack_from(page, at)
         else:
             self.number = 0
         if self.number == 0:  # never written: its room is what the page has for it
-            self.offset = at + _HEAD.size
+            self.offset = at + _HEAD_SIZE
             self.room = _PAGE // 2 - self.offset % (_PAGE // 2)
-            self.length = 0
+            self.used = self.expires = self.length = 0
 
     def fill(self, number: int, used: float, expires: float, record: bytes) -> bytes:
         """ Describe this record, and return the head to write. """
         self.number, self.used, self.expires, self.length = number, used, expires, len(record)
-        self.crc = self._checksum(record)
-        return _HEAD.pack(number, used, expires, self.offset, self.room, self.length, self.crc, 0)
+        head = _HEAD.pack(number, used, expires, self.offset, self.room, self.length)
+        return head + _CRC.pack(zlib.crc32(record, zlib.crc32(head)))
 
     def record(self, fd: int, page: bytes) -> bytes | None:
         """ Return the record, or None if it is not whole. """
         if not 0 < self.length <= min(self.room, _MAX_RECORD):
             return None
-        end = self.offset + self.length
+        head, end = self.at + _HEAD.size, self.offset + self.length
         record = page[self.offset:end] if end <= len(page) else os.pread(
             fd, self.length, self.offset)
-        return record if self._checksum(record) == self.crc else None
-
-    def _checksum(self, record: bytes) -> int:
-        head = _HEAD.pack(self.number, self.used, self.expires, self.offset, self.room,
-                          self.length, 0, 0)
-        return zlib.crc32(record, zlib.crc32(head))
+        whole = zlib.crc32(record, zlib.crc32(page[self.at:head]))
+        return record if _CRC.unpack_from(page, head)[0] == whole else None
 
 
 class FileStore(Store):
@@ -601,7 +618,7 @@ class FileStore(Store):
         fd = None
         try:
             fd = self._open_locked(path) if lock is None else lock
-            if fd is None or os.fstat(fd).st_nlink == 0:
+            if fd is None or lock is not None and os.fstat(fd).st_nlink == 0:
                 return None
             page = os.pread(fd, _PAGE, 0)
             found = _newest(fd, page)
@@ -658,7 +675,7 @@ class FileStore(Store):
             try:
                 fd = os.open(path, _OPEN_TO_READ)
                 try:
-                    slot = max(_slots(os.read(fd, _PAGE)), key=lambda slot: slot.number)
+                    slot = _slots(os.read(fd, _PAGE))[0]
                     size = os.fstat(fd).st_blocks * 512
                 finally:
                     os.close(fd)
@@ -732,7 +749,7 @@ class FileStore(Store):
             end = max(_PAGE, other.offset + other.room, current.offset + current.room)
             other.offset, other.room = end, _room_for(record)
         head = other.fill(current.number + 1, time.time(), expires, record)
-        if other.offset == other.at + _HEAD.size:
+        if other.offset == other.at + _HEAD_SIZE:
             _write(fd, head + record, other.at)
             return
         if current.offset >= _PAGE:
@@ -780,16 +797,17 @@ class FileStore(Store):
             self._cleaning.release()
 
 
-def _slots(page: bytes) -> tuple[_Slot, _Slot]:
+def _slots(page: bytes) -> list[_Slot]:
+    """ Return the slots of a file's first page, the newer one first. """
     if not page.startswith(_MAGIC):
         page = b''
-    return _Slot(page, _HEADS[0]), _Slot(page, _HEADS[1])
+    one, two = _Slot(page, _HEADS[0]), _Slot(page, _HEADS[1])
+    return [one, two] if one.number > two.number else [two, one]
 
 
 def _newest(fd: int, page: bytes) -> tuple[_Slot, bytes] | None:
     """ Return the slot with the newest whole record, and the record. """
-    one, two = _slots(page)
-    for slot in (one, two) if one.number > two.number else (two, one):
+    for slot in _slots(page):
         record = slot.record(fd, page)
         if record:
             return slot, record
@@ -818,7 +836,7 @@ def _remove_if_expired(path: str, now: float) -> bool:
         return False  # somebody else's, or gone already
     try:
         page = os.read(fd, _PAGE)
-        slot = max(_slots(page), key=lambda slot: slot.number)
+        slot = _slots(page)[0]
         if slot.number and _TOMORROW > slot.used - now and slot.expires > now:
             return False
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1154,9 +1172,9 @@ if hasattr(os, 'register_at_fork'):
 class _Visit:
     """ What one visitor's session is in one request. """
 
-    __slots__ = ('session', 'environ', 'exchange', 'data', 'id', 'name', 'record', 'created',
-                 'used', 'cookie', 'placed', 'gone', 'saved', 'late', 'why', 'depth',
-                 'snapshots', 'held', 'plain', 'before', 'apart')
+    __slots__ = ('session', 'environ', 'exchange', 'data', 'id', 'name', 'created', 'used',
+                 'record', 'cookie', 'placed', 'gone', 'saved', 'late', 'exposed', 'why',
+                 'depth', 'snapshots', 'held', 'apart', 'seal', 'plain', 'before')
 
     def __init__(self, session: Session, environ: dict[str, Any], exchange: _Exchange) -> None:
         self.session = session
@@ -1169,6 +1187,7 @@ class _Visit:
         self.gone = False    # purged, regenerated or expired since it was loaded
         self.saved = False
         self.late = False    # used after the route was done
+        self.exposed = False  # somebody may have changed the inside of a value
         self.why = 'the browser sent no cookie of ours'
         self.depth = 0       # of `with` blocks
         self.snapshots: list[Any] = []
@@ -1378,49 +1397,47 @@ class _SealedVisit(_Visit):
     def load(self) -> dict[Any, Any]:
         return self._find(self._fetch)
 
-    def _find(self, fetch: Callable[[str, str, float], bytes | None]) -> dict[Any, Any]:
+    def _find(self, fetch: Callable[[_Seal, float], bytes | None]) -> dict[Any, Any]:
         """ Take the first session that one of the cookies opens. """
-        now = self.session.clock()
+        session, now = self.session, self.session.clock()
         for id in self.ids():
-            name = _name_of(id)
-            record = fetch(id, name, now)
+            seal = _Seal(session._secrets, id)
+            record = fetch(seal, now)
             if record is None:
                 self.why = 'the session is unknown, expired or was purged'
                 continue
             try:
-                found = self._open(id, name, record, now)
+                created, used, plain, data = self._open(seal, record, now)
             except _Unreadable as error:
-                self._report(name, error)
+                self._report(seal.name, error)
                 self.let_go()
                 continue
-            self.id, self.name = id, name
+            self.id, self.name, self.seal = id, seal.name, seal
             self.why = 'loaded'
-            self._base(record, *found)
-            assert self.before is not None
-            self.data = self.before
-            self.before = self.data.copy()
+            self.data = data
+            self._base(record, created, used, plain, data.copy())
             if record[_VERSION:_VERSION + _TIME.size] == _TIME.pack(now):  # the store noted it
                 self.tell_id(now)
-            elif self.session._due(self.created, self.used, now):
+            elif session._due(created, used, now):
                 self._touch(now)
-            return self.data
+            return data
         self.data, self.plain, self.before = {}, b'', {}
         return self.data
 
-    def _fetch(self, id: str, name: str, now: float) -> bytes | None:
+    def _fetch(self, seal: _Seal, now: float) -> bytes | None:
         session = self.session
         if not session._touches:
-            return session.store.load(name)
-        return session.store.load_and_touch(name, session._seal.stamp(id, now),
-                                            session._lifetime, session._step)
+            return session.store.load(seal.name)
+        return session.store.load_and_touch(seal.name, seal.stamp(now), session._lifetime,
+                                            session._step)
 
-    def _fetch_locked(self, id: str, name: str, now: float) -> bytes | None:
-        return self.hold(name)  # type: ignore[no-any-return]
+    def _fetch_locked(self, seal: _Seal, now: float) -> bytes | None:
+        return self.hold(seal.name)  # type: ignore[no-any-return]
 
-    def _open(self, id: str, name: str, record: bytes, now: float
+    def _open(self, seal: _Seal, record: bytes, now: float
               ) -> tuple[float, float, bytes, dict[Any, Any]]:
         """ Return (created, used, plain, data), or raise _Unreadable. """
-        created, used, plain = self.session._seal.open(id, name, record)
+        created, used, plain = seal.open(record)
         if self.session._ended(created, used, now):
             raise _Unreadable('has expired')
         return created, used, plain, self.session._loads(plain)
@@ -1441,8 +1458,7 @@ class _SealedVisit(_Visit):
         if self.exchange.stage >= _SENT:
             return
         session, created = self.session, min(self.created, now)
-        assert self.id
-        record = session._seal.seal(self.id, self.name, created, now, self.plain)
+        record = self.seal.seal(created, now, self.plain)
         try:
             stored = session.store.replace(self.name, self.record[:_VERSION], record,
                                            session._expires(created, now), self.lock)
@@ -1462,17 +1478,22 @@ class _SealedVisit(_Visit):
 
     def changes(self) -> bytes | None:
         """ Return the data serialized if it differs from what is stored, else None. """
-        data, before = self.loaded(), self.before
-        nested = len(data) != len(before)
-        if not nested:
-            for (key, value), (old_key, old) in zip(data.items(), before.items()):
-                if value is not old or key is not old_key or type(value) not in _PLAIN:
-                    nested = True
-                    break
-        if not nested:
+        if not self.may_have_changed():
             return None
-        plain = self._dumps(data)
+        plain = self._dumps(self.loaded())
         return plain if plain != self.plain and self._differs() else None
+
+    def may_have_changed(self) -> bool:
+        """ Tell without serializing whether any value is another object, or one
+            that can change inside and was given out. """
+        data, before = self.loaded(), self.before
+        if len(data) != len(before):
+            return True
+        for (key, value), (old_key, old) in zip(data.items(), before.items()):
+            if value is not old or key is not old_key or (
+                    self.exposed and type(value) not in _PLAIN):
+                return True
+        return False
 
     def changed(self) -> bool:
         if self.gone:
@@ -1519,26 +1540,25 @@ class _SealedVisit(_Visit):
             if self.gone:
                 return self.lose()
             if self.data:
-                self._become(*self._create(_new_id(), self.session.clock(),
-                                           self._dumps(self.data)))
+                self._become(*self._create(self.session.clock(), self._dumps(self.data)))
                 self.why = 'it was stored in this request'
             return bool(self.data)
         plain = self.changes()
         return plain is not None and self._update(plain)
 
-    def _create(self, id: str, created: float, plain: bytes, durable: bool = False
-                ) -> tuple[Any, ...]:
+    def _create(self, created: float, plain: bytes, durable: bool = False) -> tuple[Any, ...]:
         """ Store the data under a new id and return what `_become` takes. """
         self.exchange.must_be_open()
-        session, now, name = self.session, self.session.clock(), _name_of(id)
-        record = session._seal.seal(id, name, created, now, plain)
-        if not session.store.create(name, record, session._expires(created, now), durable):
+        session, now = self.session, self.session.clock()
+        seal = _Seal(session._secrets, _new_id())
+        record = seal.seal(created, now, plain)
+        if not session.store.create(seal.name, record, session._expires(created, now), durable):
             raise StoreError('The session store has this new session already.')
-        return id, name, record, created, now, plain
+        return seal, record, created, now, plain
 
-    def _become(self, id: str, name: str, record: bytes, created: float, now: float,
+    def _become(self, seal: _Seal, record: bytes, created: float, now: float,
                 plain: bytes) -> None:
-        self.id, self.name = id, name
+        self.id, self.name, self.seal = seal.id, seal.name, seal
         self._stored(record, created, now, plain)
         self.tell_id(now)
 
@@ -1550,14 +1570,13 @@ class _SealedVisit(_Visit):
     def _update(self, plain: bytes) -> bool:
         """ Write what changed on top of what is stored by now. """
         session, store = self.session, self.session.store
-        assert self.id
         now = session.clock()
         if session._ended(self.created, self.used, now) \
                 and not self._absorb(store.load(self.name)):
             return self.lose()
         while True:
             created = min(self.created, now)
-            record = session._seal.seal(self.id, self.name, created, now, plain)
+            record = self.seal.seal(created, now, plain)
             version, expires = self.record[:_VERSION], session._expires(created, now)
             stored = session._in_turn(self.name, lambda: store.replace(
                 self.name, version, record, expires, self.lock), self.lock is not None)
@@ -1584,10 +1603,8 @@ class _SealedVisit(_Visit):
         """ Take over what is stored by now, beneath the changes of this request. """
         if record is None:
             return False
-        assert self.id
         try:
-            created, used, plain, newest = self._open(self.id, self.name, record,
-                                                      self.session.clock())
+            created, used, plain, newest = self._open(self.seal, record, self.session.clock())
         except _Unreadable as error:
             self._report(self.name, error)
             return False
@@ -1608,7 +1625,7 @@ class _SealedVisit(_Visit):
         return True
 
     def finish(self, crashed: bool) -> None:
-        if self.data is None or crashed:
+        if self.data is None or crashed or not self.may_have_changed():
             return
         if self.session._saves_itself(self.environ):
             self.save()
@@ -1654,16 +1671,16 @@ class _SealedVisit(_Visit):
         """ Store the session under a new id and remove the old one. """
         store, plain = self.session.store, self._dumps(self.loaded())
         created = min(self.created, self.session.clock())
-        new = self._create(_new_id(), created, plain, durable=True)
+        new = self._create(created, plain, durable=True)
         try:
             moved = store.remove(self.name, self.record[:_VERSION])
         except BaseException:
-            self._undo_create(new[1])
+            self._undo_create(new[0].name)
             raise
         if moved:
             self._become(*new)
         else:
-            self._undo_create(new[1])
+            self._undo_create(new[0].name)
             self.lose()
 
     def _undo_create(self, name: str) -> None:
@@ -1803,7 +1820,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
                  httponly: bool = True, samesite: str | None = 'lax', path: str = '/',
                  domain: str | None = None, lock_timeout: float = 10.0,
                  serializer: Any = pickle) -> None:
-        self._seal = _Seal(secret)
+        self._secrets = _Secrets(secret)
         self._cookie = _Cookie(cookie_name, secure, httponly, samesite, path, domain)
         self._lifetime = _seconds('days', days)
         self._max_age = None if max_days is None else _seconds('max_days', max_days)
@@ -1824,7 +1841,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         self._visit_type: type[_LiveVisit] | type[_SealedVisit] = _LiveVisit
         if not self.store.keeps_objects:
             self._visit_type = _SealedVisit
-            self._seal.load_cipher()
+            self._secrets.load_cipher()
         self._touches = type(self.store).load_and_touch is not Store.load_and_touch
         self._serialize, self._deserialize = _check_serializer(serializer)
         self._key = 'bottle_session.%s.%x' % (cookie_name, id(self))
@@ -1843,7 +1860,9 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def data(self) -> dict[Any, Any]:
         """ The visitor's data, the same dict for the whole request. Setting it
             replaces the content. """
-        return self._visit().loaded()
+        visit = self._visit()
+        visit.exposed = True
+        return visit.loaded()
 
     @data.setter
     def data(self, content: Mapping[Any, Any]) -> None:
@@ -1908,7 +1927,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             len(visit.loaded()))
         if isinstance(visit, _SealedVisit):
             text += ' in %d bytes' % len(visit.plain)
-            if self._seal.old(visit.record):
+            if visit.seal.is_old(visit.record):
                 text += ', opened with an older secret'
             if visit.changed():
                 text += ', and was changed since: save() would write'
@@ -1928,28 +1947,35 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     # The mapping
 
     def __getitem__(self, key: Any) -> Any:
-        return self.data[key]
+        visit = self._visit()
+        value = visit.loaded()[key]
+        if type(value) not in _PLAIN:
+            visit.exposed = True
+        return value
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self.data[key] = value
+        visit = self._visit()
+        visit.loaded()[key] = value
+        if type(value) not in _PLAIN:
+            visit.exposed = True
 
     def __delitem__(self, key: Any) -> None:
-        del self.data[key]
+        del self._visit().loaded()[key]
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self.data)
+        return iter(self._visit().loaded())
 
     def __len__(self) -> int:
-        return len(self.data)
+        return len(self._visit().loaded())
 
     # The inherited ones work too, by catching KeyError, but take twice the time
     # or differ from dict: views, the order of popitem, the operators.
 
     def __contains__(self, key: Any) -> bool:
-        return key in self.data
+        return key in self._visit().loaded()
 
     def get(self, key: Any, default: Any = None) -> Any:
-        return self.data.get(key, default)
+        return self[key] if key in self else default
 
     def keys(self) -> Any:
         return self.data.keys()
@@ -2194,6 +2220,7 @@ _CAST = bottle.Bottle._cast.__code__      # error handlers, a generator's first 
 _GENERATOR = inspect.CO_GENERATOR
 _ROUTE, _ANSWER, _SENT, _OVER = range(4)
 _EXCHANGE = 'bottle_session.exchange'
+_VARIES = re.compile(r'(?:^|[,\s])(?:cookie|\*)(?:$|[,\s])', re.I).search
 
 
 def _raise_outside() -> NoReturn:
@@ -2225,17 +2252,15 @@ class _Exchange:
 
     def put(self, headers: dict[str, list[str]]) -> None:
         """ Add what the visits have to say to these headers. """
-        extra = self.extra(', '.join(headers.get('Vary', ())), 'Cache-Control' in headers)
-        for name, line in extra:
+        for name, line in self.extra(headers.get('Vary', ()), 'Cache-Control' in headers):
             headers.setdefault(name, []).append(line)
         for visit in self.visits:
-            if visit.placed and visit.placed != visit.cookie:
-                cookies = headers['Set-Cookie']
-                if visit.placed in cookies:
-                    cookies.remove(visit.placed)
-            visit.placed = visit.cookie
+            if visit.cookie != visit.placed:
+                if visit.placed in headers['Set-Cookie']:
+                    headers['Set-Cookie'].remove(visit.placed)
+                visit.placed = visit.cookie
 
-    def extra(self, vary: str, has_cache_control: bool) -> list[tuple[str, str]]:
+    def extra(self, vary: Sequence[str], has_cache_control: bool) -> list[tuple[str, str]]:
         """ Return the headers that the visits add to a response with these. """
         extra, used = [], False
         for visit in self.visits:
@@ -2244,7 +2269,7 @@ class _Exchange:
                 extra.append(('Set-Cookie', visit.cookie))
         if extra and not has_cache_control:
             extra.append(('Cache-Control', 'no-store'))
-        if used and not re.search(r'(^|[,\s])(cookie|\*)($|[,\s])', vary, re.I):
+        if used and not (vary and _VARIES(', '.join(vary))):
             extra.append(('Vary', 'Cookie'))
         return extra
 
@@ -2388,7 +2413,7 @@ def _finish_late(exchange: _Exchange, status: str) -> None:
 
 
 def _with_ours(exchange: _Exchange, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    vary = ', '.join(line for name, line in headers if name.lower() == 'vary')
+    vary = [line for name, line in headers if name.lower() == 'vary']
     cached = any(name.lower() == 'cache-control' for name, line in headers)
     return headers + exchange.extra(vary, cached)
 
