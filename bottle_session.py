@@ -101,9 +101,9 @@ class _Log:
 
     def __getattr__(self, level: str) -> Callable[..., None]:
         import logging
-        method = getattr(logging.getLogger('bottle_session'), level)
+        method: Callable[..., None] = getattr(logging.getLogger('bottle_session'), level)
         setattr(self, level, method)
-        return method  # type: ignore[no-any-return]
+        return method
 
 
 _log: Any = _Log()
@@ -275,8 +275,9 @@ class _Seal:
     def seal(self, created: float, used: float, payload: bytes) -> bytes:
         """ Return a record that holds this payload. """
         nonce, first = os.urandom(12), self._secrets.first
-        return first + nonce + _NO_STAMP + self._cipher(first).encrypt(
+        sealed: bytes = self._cipher(first).encrypt(
             nonce, _TIMES.pack(created, used) + payload, self.name.encode('ascii'))
+        return first + nonce + _NO_STAMP + sealed
 
     def open(self, record: bytes) -> tuple[float, float, bytes]:
         """ Return (created, last use, payload), or raise _Unreadable. """
@@ -552,7 +553,7 @@ class FileStore(Store):
         if os.path.lexists(self.directory) and not os.path.isdir(self.directory):
             raise ValueError('sessions_dir=%r is not a directory' % self.directory)
         self._prefix = self.directory + os.sep
-        self._cleaner: Iterator[None] | None = None
+        self._cleaner: Iterator[str] | None = None
         self._cleaning = threading.Lock()
         self._cleaned = 0.0
 
@@ -561,7 +562,8 @@ class FileStore(Store):
         try:
             fd = os.open(path, _OPEN_TO_READ)
         except OSError as error:
-            return self._absent(path, error)
+            self._absent(path, error)
+            return None
         try:
             for attempt in range(20):
                 page = os.read(fd, _PAGE)
@@ -573,7 +575,8 @@ class FileStore(Store):
                 time.sleep(0.0005 * attempt)
                 os.lseek(fd, 0, os.SEEK_SET)
         except OSError as error:
-            return self._absent(path, error)
+            self._absent(path, error)
+            return None
         finally:
             os.close(fd)
         _log.warning('%s is damaged or no session; it is treated as absent', path)
@@ -693,7 +696,7 @@ class FileStore(Store):
         return '%s%s/%s' % (self._prefix, name[:2], name[2:])
 
     def _absent(self, path: str, error: OSError) -> None:
-        """ Return for something that is no session, raise StoreError for trouble. """
+        """ Accept what is no session, raise StoreError for trouble. """
         if error.errno in _NO_FILE:
             _log.warning('%s is no session (%s); it is treated as absent', path, error.strerror)
         elif error.errno != errno.ENOENT:
@@ -727,7 +730,8 @@ class FileStore(Store):
         try:
             fd = os.open(path, _OPEN_TO_WRITE)
         except OSError as error:
-            return self._absent(path, error)
+            self._absent(path, error)
+            return None
         try:
             locked = self._try_lock(fd)
             state = os.fstat(fd)
@@ -851,10 +855,10 @@ def _remove_if_expired(path: str, now: float) -> bool:
                     os.utime(path, (now, now))
                 ended = changed + (slot.expires - slot.used) <= now
         else:  # not whole: the process died while it made the file
-            ended = (page[:len(_MAGIC)] == _MAGIC[:len(page)]) and changed + 3600 < now
+            ended = page[:len(_MAGIC)] == _MAGIC[:len(page)] and changed + 3600 < now
         if ended:
             os.unlink(path)
-        return ended
+        return bool(ended)
     except OSError:
         return False
     finally:
@@ -954,13 +958,15 @@ class RedisStore(Store):
         self._policy_checked = False
 
     def load(self, name: str) -> bytes | None:
-        return self._ask(self.client.hget, self._prefix + name, 'r')  # type: ignore[no-any-return]
+        record: bytes | None = self._ask(self.client.hget, self._prefix + name, 'r')
+        return record
 
     def load_and_touch(self, name: str, stamp: bytes, lifetime: float, due: float) -> bytes | None:
-        return self._run(self._LOAD, name, stamp, _ms(lifetime), _ms(due))  # type: ignore[no-any-return]
+        record: bytes | None = self._run(self._LOAD, name, stamp, _ms(lifetime), _ms(due))
+        return record
 
     def create(self, name: str, record: bytes, expires: float, durable: bool = False) -> bool:
-        return self._run(self._CREATE, name, record, _ms(expires - time.time())) == 1
+        return bool(self._run(self._CREATE, name, record, _ms(expires - time.time())))
 
     def replace(self, name: str, version: bytes, record: bytes, expires: float,
                 lock: Any = None) -> bytes | None:
@@ -972,8 +978,8 @@ class RedisStore(Store):
 
     def remove(self, name: str, version: bytes | None = None) -> bool:
         if version is None:
-            return self._ask(self.client.delete, self._prefix + name) == 1
-        return self._run(self._REMOVE, name, version) == 1
+            return bool(self._ask(self.client.delete, self._prefix + name))
+        return bool(self._run(self._REMOVE, name, version))
 
     def lock(self, name: str) -> tuple[bytes, bytes] | None:
         token = os.urandom(12)
@@ -1149,7 +1155,7 @@ class _Turns:
             raise
         if not taken:
             self._leave(name, turn)
-        return taken  # type: ignore[no-any-return]
+        return bool(taken)
 
     def give(self, name: str) -> None:
         turn = self._turns.get(name)
@@ -1180,6 +1186,14 @@ class _Visit:
         self.session = session
         self.environ = environ
         self.exchange = exchange
+        self.name: str       # in the store; as the next ones, once there is a session
+        self.created: float  # seconds since the epoch, as is the last use
+        self.used: float
+        self.record: Any     # as the store has it
+        self.seal: _Seal
+        self.plain: bytes
+        self.before: dict[Any, Any]
+        self.apart: bool
         self.data: dict[Any, Any] | None = None  # None: not asked for yet
         self.id: str | None = None               # of the session in the store
         self.cookie: str | None = None           # what to tell the browser
@@ -1308,7 +1322,7 @@ class _LiveVisit(_Visit):
         for id in self.ids():
             self.why = 'the session is unknown or expired'
             self.name = _name_of(id)
-            live = session.store.load(self.name)
+            live: Any = session.store.load(self.name)
             if live is None:
                 continue
             if session._ended(live.created, live.used, now):
@@ -1320,8 +1334,9 @@ class _LiveVisit(_Visit):
                 live.created, live.used = self.created, now
                 session.store.replace(self.name, b'', live, session._expires(self.created, now))
                 self.tell_id(now)
-            self.data = live.data
-            return live.data  # type: ignore[no-any-return]
+            data: dict[Any, Any] = live.data
+            self.data = data
+            return data
         self.data = {}
         return self.data
 
@@ -1340,7 +1355,8 @@ class _LiveVisit(_Visit):
         self.exchange.must_be_open()
         now = self.session.clock()
         id, data = _new_id(), self.loaded()
-        live = _Live(dict(data) if self.apart else data, now if created is None else created)
+        live: Any = _Live(dict(data) if self.apart else data,
+                          now if created is None else created)
         live.used = now
         name = _name_of(id)
         self.session.store.create(name, live, self.session._expires(live.created, now))
@@ -1432,7 +1448,8 @@ class _SealedVisit(_Visit):
                                             session._step)
 
     def _fetch_locked(self, seal: _Seal, now: float) -> bytes | None:
-        return self.hold(seal.name)  # type: ignore[no-any-return]
+        record: bytes | None = self.hold(seal.name)
+        return record
 
     def _open(self, seal: _Seal, record: bytes, now: float
               ) -> tuple[float, float, bytes, dict[Any, Any]]:
@@ -1843,7 +1860,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             self._visit_type = _SealedVisit
             self._secrets.load_cipher()
         self._touches = type(self.store).load_and_touch is not Store.load_and_touch
-        self._serialize, self._deserialize = _check_serializer(serializer)
+        self._dumps, self._deserialize = _check_serializer(serializer)
         self._key = 'bottle_session.%s.%x' % (cookie_name, id(self))
         self._warned: set[Any] = set()
         self._apps: weakref.WeakSet[bottle.Bottle] = weakref.WeakSet()
@@ -1862,7 +1879,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             replaces the content. """
         visit = self._visit()
         visit.exposed = True
-        return visit.loaded()
+        data: dict[Any, Any] = visit.loaded()
+        return data
 
     @data.setter
     def data(self, content: Mapping[Any, Any]) -> None:
@@ -1880,14 +1898,14 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             fails. In memory mode only a new session needs to be kept, which also
             happens at the end of the request.
         """
-        return self._visit().save()
+        return bool(self._visit().save())
 
     @property
     def dirty(self) -> bool:
         """ Whether `save()` would write. """
         visit = self._visit()
         visit.loaded()
-        return visit.changed()
+        return bool(visit.changed())
 
     def purge(self) -> None:
         """ End the session, for log-out: it is gone from the store, durably, and
@@ -1974,7 +1992,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def __contains__(self, key: Any) -> bool:
         return key in self._visit().loaded()
 
-    def get(self, key: Any, default: Any = None) -> Any:
+    def get(self, key: Any, default: Any = None, /) -> Any:
         return self[key] if key in self else default
 
     def keys(self) -> Any:
@@ -1992,7 +2010,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def popitem(self) -> tuple[Any, Any]:
         return self.data.popitem()
 
-    def setdefault(self, key: Any, default: Any = None) -> Any:
+    def setdefault(self, key: Any, default: Any = None, /) -> Any:
         return self.data.setdefault(key, default)
 
     def update(self, *args: Any, **kwargs: Any) -> None:
@@ -2007,12 +2025,12 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def __ror__(self, other: Mapping[Any, Any]) -> dict[Any, Any]:
         return {**other, **self.data} if isinstance(other, Mapping) else NotImplemented
 
-    def __ior__(self, other: Any) -> Session:
+    def __ior__(self, other: Any) -> Session:  # type: ignore[misc]
         self.data.update(other)
         return self
 
     def __reversed__(self) -> Iterator[Any]:
-        return reversed(self.data)
+        return iter(reversed(self.data))
 
     # Bottle compares and hashes plugins: two Sessions are equal only if they are one.
 
@@ -2050,16 +2068,14 @@ class Session(MutableMapping):  # type: ignore[type-arg]
 
     # For a visit
 
-    def _visit(self) -> _LiveVisit | _SealedVisit:
+    def _visit(self) -> Any:
         """ Return this request's visit. """
         try:
             environ = request.environ
             visit = environ.get(self._key)
         except RuntimeError:
             _raise_outside()
-        if visit is not None and not visit.exchange.stage:
-            return visit  # type: ignore[no-any-return]
-        return _join(self, environ)
+        return visit if visit and not visit.exchange.stage else _join(self, environ)
 
     def _ended(self, created: float, used: float, now: float) -> bool:
         return now - used >= self._lifetime or (
@@ -2075,9 +2091,6 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def _expires(self, created: float, used: float) -> float:
         expires = used + self._lifetime
         return expires if self._max_age is None else min(expires, created + self._max_age)
-
-    def _dumps(self, data: Any) -> bytes:
-        return self._serialize(data)  # type: ignore[no-any-return]
 
     def _loads(self, plain: bytes) -> dict[Any, Any]:
         try:
@@ -2192,7 +2205,7 @@ def _make_store(mode: str | Store, sessions_dir: str | os.PathLike[str]) -> Stor
                      "valkey://, unix://) or a Store" % (mode,))
 
 
-def _check_serializer(serializer: Any) -> tuple[Any, Any]:
+def _check_serializer(serializer: Any) -> tuple[Callable[[Any], bytes], Callable[[bytes], Any]]:
     """ Return its dumps and loads, made to give and take bytes. """
     dumps, loads = (getattr(serializer, name, None) for name in ('dumps', 'loads'))
     if not callable(dumps) or not callable(loads):
@@ -2274,7 +2287,7 @@ class _Exchange:
         return extra
 
 
-def _join(session: Session, environ: dict[str, Any]) -> _LiveVisit | _SealedVisit:
+def _join(session: Session, environ: dict[str, Any]) -> Any:
     """ Return the visit of this request where it is not the plain case: it is the
         first use, or the route is done. RuntimeError outside of a request. """
     exchange = environ.get(_EXCHANGE)
@@ -2293,7 +2306,7 @@ def _join(session: Session, environ: dict[str, Any]) -> _LiveVisit | _SealedVisi
         if environ.get('wsgi.multiprocess') and session.store.keeps_objects:
             _warn_of_processes(session)
     visit.late = exchange.stage > _ROUTE
-    return visit  # type: ignore[no-any-return]
+    return visit
 
 
 def _running(environ: dict[str, Any]) -> tuple[dict[str, Any], int]:
@@ -2370,9 +2383,11 @@ def _wrap(app: bottle.Bottle) -> None:
         return
 
     def wsgi(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        body: Iterable[bytes]
         exchange = environ.get(_EXCHANGE)
         if exchange is not None and exchange.wrapped and exchange.stage < _SENT:
-            return inner(environ, start_response)  # type: ignore[no-any-return]
+            body = inner(environ, start_response)  # an outer app has our wrapper, too
+            return body
         exchange = environ[_EXCHANGE] = _Exchange(_ROUTE, True)
         failure: list[HTTPError] = []
 
@@ -2423,7 +2438,8 @@ class _Body:
 
     def __init__(self, exchange: _Exchange, body: Any, failure: list[HTTPError]) -> None:
         self._exchange, self._body = exchange, body
-        self._chunks = iter([failure[0].body.encode('utf-8')] if failure else body)
+        self._chunks: Iterator[bytes] = iter(
+            [failure[0].body.encode('utf-8')] if failure else body)
         self._crashed = bool(failure)
 
     def __iter__(self) -> Iterator[bytes]:
