@@ -43,6 +43,7 @@ from base64 import urlsafe_b64encode
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from datetime import date, datetime, timedelta
+from hashlib import blake2b
 from random import uniform
 
 import bottle
@@ -216,7 +217,7 @@ _TIME = struct.Struct('<d')
 def _name_of(id: str) -> str:
     """ Return the name under which a store keeps this session: a hash, so that
         neither a listing nor a look-up's timing tells an id (CVE-2019-16782). """
-    return hashlib.sha256(b'bottle_session 1 name\0' + id.encode('ascii')).hexdigest()
+    return blake2b(id.encode('ascii'), digest_size=32, person=b'bsession 1 name').hexdigest()
 
 
 class _Secrets:
@@ -240,8 +241,9 @@ class _Secrets:
             if len(raw) < 16:
                 warnings.warn('secret is shorter than 16 bytes: ' + _REMEDY, UserWarning,
                               stacklevel=4)
-            master = hmac.digest(b'bottle_session 1 master', raw, 'sha256')
-            self.masters.setdefault(hmac.digest(master, b'key id', 'sha256')[:4], master)
+            master = blake2b(raw, person=b'bsession 1').digest()
+            self.masters.setdefault(
+                blake2b(key=master, digest_size=4, person=b'bsession 1 kid').digest(), master)
         self.first = next(iter(self.masters))
 
     def load_cipher(self) -> None:
@@ -301,21 +303,22 @@ class _Seal:
     def stamp(self, used: float, key_id: bytes | None = None) -> bytes:
         """ Return the proof of a use, for bytes 16 to 40 of a record. """
         raw = _TIME.pack(used)
-        return raw + hmac.digest(self._key(key_id or self._secrets.first, b'use'), raw,
-                                 'sha256')[:16]
+        return raw + self._derive(key_id or self._secrets.first, 16, b'bsession 1 use', raw)
 
     def is_old(self, record: bytes) -> bool:
         """ Tell whether the record was sealed with an older secret. """
         return record[:4] != self._secrets.first
 
-    def _key(self, key_id: bytes, purpose: bytes) -> bytes:
-        return hmac.digest(self._secrets.masters[key_id],
-                           purpose + b'\0' + self.id.encode('ascii'), 'sha256')
+    def _derive(self, key_id: bytes, size: int, purpose: bytes, text: bytes = b'') -> bytes:
+        """ Return a key or proof of keyed BLAKE2b (RFC 7693). """
+        return blake2b(self.id.encode('ascii') + text, key=self._secrets.masters[key_id],
+                       digest_size=size, person=purpose).digest()
 
     def _cipher(self, key_id: bytes) -> Any:
         cipher = self._ciphers.get(key_id)
         if cipher is None:
-            cipher = self._ciphers[key_id] = self._secrets.cipher(self._key(key_id, b'seal'))
+            cipher = self._ciphers[key_id] = self._secrets.cipher(
+                self._derive(key_id, 32, b'bsession 1 seal'))
         return cipher
 
 
@@ -527,6 +530,10 @@ class _Slot:
         head = _HEAD.pack(number, used, expires, self.offset, self.room, self.length)
         return head + _CRC.pack(zlib.crc32(record, zlib.crc32(head)))
 
+    def version(self, fd: int, page: bytes) -> bytes:
+        """ Return the beginning of the record. """
+        return page[self.offset:self.offset + _VERSION] or os.pread(fd, _VERSION, self.offset)
+
     def record(self, fd: int, page: bytes) -> bytes | None:
         """ Return the record, or None if it is not whole. """
         if not 0 < self.length <= min(self.room, _MAX_RECORD):
@@ -624,12 +631,12 @@ class FileStore(Store):
             if fd is None or lock is not None and os.fstat(fd).st_nlink == 0:
                 return None
             page = os.pread(fd, _PAGE, 0)
-            found = _newest(fd, page)
-            if not found:
-                return None
-            current, stored = found
-            if stored[:_VERSION] != version:
-                return stored
+            current = _Slot(page, _newer_first(page)[0])
+            if current.version(fd, page) != version:
+                found = _newest(fd, page)
+                if not found or found[1][:_VERSION] != version:
+                    return found and found[1]
+                current = found[0]
             self._fill_other(fd, page, current, record, expires)
         except OSError as error:
             raise _failed('write', path, error) from error
@@ -678,14 +685,15 @@ class FileStore(Store):
             try:
                 fd = os.open(path, _OPEN_TO_READ)
                 try:
-                    slot = _slots(os.read(fd, _PAGE))[0]
+                    page = os.read(fd, _PAGE)
+                    slot = _Slot(page, _newer_first(page)[0])
                     size = os.fstat(fd).st_blocks * 512
                 finally:
                     os.close(fd)
             except OSError as error:
                 self._absent(path, error)
                 continue
-            if slot.number:
+            if page.startswith(_MAGIC) and slot.number:
                 total['sessions'] += 1
                 total['bytes'] += size
                 total['expired'] += slot.expires <= now
@@ -703,8 +711,10 @@ class FileStore(Store):
             raise _failed('read', path, error) from error
 
     def _make_directory(self, path: str) -> None:
-        os.makedirs(os.path.dirname(self.directory), exist_ok=True)
-        for directory in self.directory, path:
+        missing = [path]
+        while not os.path.isdir(os.path.dirname(missing[-1])):
+            missing.append(os.path.dirname(missing[-1]))
+        for directory in reversed(missing):
             try:
                 os.mkdir(directory, 0o700)
                 os.chmod(directory, 0o700)  # whatever the umask
@@ -801,20 +811,21 @@ class FileStore(Store):
             self._cleaning.release()
 
 
-def _slots(page: bytes) -> list[_Slot]:
-    """ Return the slots of a file's first page, the newer one first. """
-    if not page.startswith(_MAGIC):
-        page = b''
-    one, two = _Slot(page, _HEADS[0]), _Slot(page, _HEADS[1])
-    return [one, two] if one.number > two.number else [two, one]
+def _newer_first(page: bytes) -> tuple[int, int]:
+    """ Return the places of a file's slot heads. """
+    one, two = _HEADS
+    is_two = page[two + 7:two - 1:-1] > page[one + 7:one - 1:-1]  # little-endian numbers
+    return (two, one) if is_two else (one, two)
 
 
 def _newest(fd: int, page: bytes) -> tuple[_Slot, bytes] | None:
     """ Return the slot with the newest whole record, and the record. """
-    for slot in _slots(page):
-        record = slot.record(fd, page)
-        if record:
-            return slot, record
+    if page.startswith(_MAGIC):
+        for at in _newer_first(page):
+            slot = _Slot(page, at)
+            record = slot.record(fd, page)
+            if record:
+                return slot, record
     return None
 
 
@@ -840,7 +851,7 @@ def _remove_if_expired(path: str, now: float) -> bool:
         return False  # somebody else's, or gone already
     try:
         page = os.read(fd, _PAGE)
-        slot = _slots(page)[0]
+        slot = _Slot(page, _newer_first(page)[0])
         if slot.number and _TOMORROW > slot.used - now and slot.expires > now:
             return False
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -934,7 +945,8 @@ class RedisStore(Store):
         if redis.call('HGET', KEYS[1], 'l') ~= ARGV[1] then return 0 end
         return redis.call('HDEL', KEYS[1], 'l', 'u')"""
 
-    def __init__(self, client: Any = 'redis://localhost:6379/0', prefix: str = 'bsession:') -> None:
+    def __init__(self, client: Any = 'redis://localhost:6379/0',
+                 prefix: str = 'bsession:') -> None:
         try:
             import redis
             from redis.backoff import NoBackoff
@@ -1178,34 +1190,29 @@ if hasattr(os, 'register_at_fork'):
 class _Visit:
     """ What one visitor's session is in one request. """
 
-    __slots__ = ('session', 'environ', 'exchange', 'data', 'id', 'name', 'created', 'used',
-                 'record', 'cookie', 'placed', 'gone', 'saved', 'late', 'exposed', 'why',
-                 'depth', 'snapshots', 'held', 'apart', 'seal', 'plain', 'before')
+    # Most requests change few of these, so the class holds the values at first.
+    data: dict[Any, Any] | None = None  # None: not asked for yet
+    id: str | None = None               # of the session in the store
+    cookie: str | None = None           # what to tell the browser
+    placed: str | None = None           # and what was told already
+    why = 'the browser sent no cookie of ours'
+    gone = False     # purged, regenerated or expired since it was loaded
+    saved = False
+    late = False     # used after the route was done
+    exposed = False  # somebody may have changed the inside of a value
+    depth = 0        # of `with` blocks
+    held: tuple[str, Any] | None = None  # the name and the store's lock
+    # From here on they are set together with the id.
+    name: str        # in the store
+    created: float   # seconds since the epoch, as is the last use
+    used: float
+    record: Any      # as the store has it
 
     def __init__(self, session: Session, environ: dict[str, Any], exchange: _Exchange) -> None:
         self.session = session
         self.environ = environ
         self.exchange = exchange
-        self.name: str       # in the store; as the next ones, once there is a session
-        self.created: float  # seconds since the epoch, as is the last use
-        self.used: float
-        self.record: Any     # as the store has it
-        self.seal: _Seal
-        self.plain: bytes
-        self.before: dict[Any, Any]
-        self.apart: bool
-        self.data: dict[Any, Any] | None = None  # None: not asked for yet
-        self.id: str | None = None               # of the session in the store
-        self.cookie: str | None = None           # what to tell the browser
-        self.placed: str | None = None           # and what was told already
-        self.gone = False    # purged, regenerated or expired since it was loaded
-        self.saved = False
-        self.late = False    # used after the route was done
-        self.exposed = False  # somebody may have changed the inside of a value
-        self.why = 'the browser sent no cookie of ours'
-        self.depth = 0       # of `with` blocks
         self.snapshots: list[Any] = []
-        self.held: Any = None  # the store's lock
 
     def ids(self) -> list[str]:
         header = self.environ.get('HTTP_COOKIE')
@@ -1240,22 +1247,25 @@ class _Visit:
         start = time.monotonic()
         if not _turns.take(name, session.lock_timeout):
             raise SessionBusy('Another request is using this session.')
+        got = None
         try:
-            got = session._patiently(lambda: session.store.lock(name), start)
-        except BaseException:
-            _turns.give(name)
-            raise
-        if got is None:
-            _turns.give(name)
-            return None
-        self.held = name, got[0]
-        return got[1]
+            got = session._patiently(lambda: self.lock(name), start)
+            if got:
+                self.held = name, got[0]
+        finally:
+            if not got:
+                _turns.give(name)
+        return got and got[1]
+
+    def lock(self, name: str) -> tuple[Any, Any] | None:
+        return self.session.store.lock(name)
 
     def let_go(self) -> None:
         if self.held:
             (name, lock), self.held = self.held, None
             try:
-                self.session.store.unlock(name, lock)
+                if lock is not None:
+                    self.session.store.unlock(name, lock)
             except StoreError as error:
                 _log.warning('session %s: its lock ends by itself, it could not be released: %s',
                              _public(name), error)
@@ -1292,7 +1302,6 @@ class _Visit:
         for name in names:
             session.store.remove(name)
         self.let_go()
-        self.apart = bool(self.id)
         self.id, self.gone = None, False
         self.why = 'it was purged in this request'
         if self.data is None:
@@ -1314,11 +1323,10 @@ class _Live:
 class _LiveVisit(_Visit):
     """ A visit in memory mode: `data` is the stored dict itself. """
 
-    __slots__ = ()
+    apart = False  # others may hold our dict: the store gets copies
 
     def load(self) -> dict[Any, Any]:
         session, now = self.session, self.session.clock()
-        self.apart = False  # True: others may hold our dict, so the store gets copies
         for id in self.ids():
             self.why = 'the session is unknown or expired'
             self.name = _name_of(id)
@@ -1369,8 +1377,8 @@ class _LiveVisit(_Visit):
             self.save()
 
     def purge(self) -> None:
-        if self.data is None:
-            self.load()
+        self.loaded()
+        self.apart = self.apart or bool(self.id)
         self.forget()
         self.snapshots = [{} for _ in self.snapshots]
 
@@ -1385,6 +1393,10 @@ class _LiveVisit(_Visit):
             self.let_go()
         else:
             self.lose()
+
+    def lock(self, name: str) -> tuple[None, Any] | None:
+        live: Any = self.session.store.load(name)
+        return (None, live) if live else None  # our turn keeps others out
 
     def enter(self) -> None:
         data = self.loaded()
@@ -1408,7 +1420,9 @@ class _SealedVisit(_Visit):
         where all values are the same and cannot change inside, nothing changed.
     """
 
-    __slots__ = ()
+    seal: _Seal
+    plain: bytes
+    before: dict[Any, Any]
 
     def load(self) -> dict[Any, Any]:
         return self._find(self._fetch)
@@ -1478,7 +1492,7 @@ class _SealedVisit(_Visit):
         record = self.seal.seal(created, now, self.plain)
         try:
             stored = session.store.replace(self.name, self.record[:_VERSION], record,
-                                           session._expires(created, now), self.lock)
+                                           session._expires(created, now), self.token)
         except StoreError as error:
             _log.warning('session %s: its use could not be recorded: %s',
                          _public(self.name), error)
@@ -1490,7 +1504,8 @@ class _SealedVisit(_Visit):
                 self.tell_id(now)
 
     @property
-    def lock(self) -> Any:
+    def token(self) -> Any:
+        """ What `Store.lock` gave, for `Store.replace`. """
         return self.held[1] if self.held else None
 
     def changes(self) -> bytes | None:
@@ -1519,7 +1534,7 @@ class _SealedVisit(_Visit):
 
     def _differs(self) -> bool:
         data, before = self.loaded(), self.before
-        if {(type(key), key) for key in data} != {(type(key), key) for key in before}:
+        if data.keys() != before.keys():
             return True
         nested = []
         for key, old in before.items():
@@ -1527,10 +1542,11 @@ class _SealedVisit(_Visit):
                 nested.append(key)
             elif data[key] is not old and not self._same(old, data[key]):
                 return True
-        if not nested:
-            return False
-        base = self.session._loads(self.plain)
-        return not all(self._same(base[key], data[key]) for key in nested)
+        if nested:
+            base = self.session._loads(self.plain)
+            if not all(self._same(base[key], data[key]) for key in nested):
+                return True
+        return {(type(key), key) for key in data} != {(type(key), key) for key in before}
 
     def _same(self, one: Any, other: Any) -> bool:
         return _same(one, other, self.session._dumps, set())
@@ -1596,7 +1612,7 @@ class _SealedVisit(_Visit):
             record = self.seal.seal(created, now, plain)
             version, expires = self.record[:_VERSION], session._expires(created, now)
             stored = session._in_turn(self.name, lambda: store.replace(
-                self.name, version, record, expires, self.lock), self.lock is not None)
+                self.name, version, record, expires, self.token), bool(self.held))
             if stored == record:
                 again = session._due(self.created, self.used, now)
                 self._stored(record, created, now, plain)
@@ -1681,7 +1697,7 @@ class _SealedVisit(_Visit):
         try:
             self._move()
         finally:
-            if not self.depth or self.held[0] != self.name:
+            if not self.depth or self.held and self.held[0] != self.name:
                 self.let_go()
 
     def _move(self) -> None:
