@@ -27,6 +27,7 @@ import errno
 import hashlib
 import hmac
 import inspect
+import itertools
 import os
 import pickle
 import re
@@ -240,7 +241,7 @@ class _Secrets:
                 raise ValueError('secret is empty: ' + _REMEDY)
             if len(raw) < 16:
                 warnings.warn('secret is shorter than 16 bytes: ' + _REMEDY, UserWarning,
-                              stacklevel=4)
+                              stacklevel=3)
             master = blake2b(raw, person=b'bsession 1').digest()
             self.masters.setdefault(
                 blake2b(key=master, digest_size=4, person=b'bsession 1 kid').digest(), master)
@@ -968,6 +969,7 @@ class RedisStore(Store):
         self._failures = 0
         self._open_again = 0.0
         self._policy_checked = False
+        self._check_policy()
 
     def load(self, name: str) -> bytes | None:
         record: bytes | None = self._ask(self.client.hget, self._prefix + name, 'r')
@@ -1046,7 +1048,6 @@ class RedisStore(Store):
             raise StoreError('The session store cannot be used at the moment.') from error
         self._failures = 0
         if not self._policy_checked:
-            self._policy_checked = True
             self._check_policy()
         return reply
 
@@ -1054,9 +1055,13 @@ class RedisStore(Store):
         """ Warn of a server that would rather throw sessions away than be full. """
         try:
             policy = self.client.info('memory').get('maxmemory_policy', 'noeviction')
-        except (self._errors.RedisError, AttributeError) as error:  # not allowed, or a cluster
-            _log.debug('cannot tell the eviction policy: %s', error)
+        except (self._errors.ConnectionError, self._errors.TimeoutError, OSError) as error:
+            _log.warning('redis does not answer yet: %s', error)
             return
+        except (self._errors.RedisError, AttributeError) as error:  # not allowed, or a cluster
+            _log.info('cannot tell the eviction policy of redis: %s', error)
+            policy = 'noeviction'
+        self._policy_checked = True
         if policy != 'noeviction':
             _log.warning('redis has maxmemory-policy %s: it throws living sessions away when its '
                          'memory is full; use noeviction', policy)
@@ -1221,7 +1226,7 @@ class _Visit:
     def tell(self, value: str, max_age: float) -> None:
         """ Have the browser told of an id, or with '' to forget it. """
         self.cookie = self.session._cookie.line(self.environ, value, max_age)
-        self.exchange.news(self)
+        self.exchange.news()
 
     def tell_id(self, now: float) -> None:
         assert self.id
@@ -1571,7 +1576,7 @@ class _SealedVisit(_Visit):
             return False
         if not self.id:
             if self.gone:
-                return self.lose()
+                return self.may_have_changed() and self.lose()
             if self.data:
                 self._become(*self._create(self.session.clock(), self._dumps(self.data)))
                 self.why = 'it was stored in this request'
@@ -2249,6 +2254,7 @@ _CAST = bottle.Bottle._cast.__code__      # error handlers, a generator's first 
 _GENERATOR = inspect.CO_GENERATOR
 _ROUTE, _ANSWER, _SENT, _OVER = range(4)
 _EXCHANGE = 'bottle_session.exchange'
+_GENERATED = itertools.chain, map, bottle._closeiter  # how Bottle hands over a generator
 _VARIES = re.compile(r'(?:^|[,\s])(?:cookie|\*)(?:$|[,\s])', re.I).search
 
 
@@ -2269,11 +2275,11 @@ class _Exchange:
 
     def must_be_open(self) -> None:
         if self.stage >= _SENT:
-            raise SessionError('A new session or id cannot be told to the browser: its headers '
-                               'sent already. Save before the first chunk is yielded.')
+            raise SessionError('Headers sent: a new session or id cannot be told to the browser '
+                               'any more. Save before the first chunk is yielded.')
 
-    def news(self, visit: _Visit) -> None:
-        """ Bring a cookie to a response that the hook has seen already. """
+    def news(self) -> None:
+        """ Bring what is new to a response that the hook has seen already. """
         if self.stage == _ANSWER and not self.wrapped:
             # The headers may be those of an HTTPError that other requests raise, too.
             response._headers = {name: list(lines) for name, lines in response._headers.items()}
@@ -2293,7 +2299,7 @@ class _Exchange:
         """ Return the headers that the visits add to a response with these. """
         extra, used = [], False
         for visit in self.visits:
-            used = used or visit.data is not None
+            used = used or visit.data is not None or visit.late
             if visit.cookie and visit.cookie != visit.placed:
                 extra.append(('Set-Cookie', visit.cookie))
         if extra and not has_cache_control:
@@ -2318,10 +2324,12 @@ def _join(session: Session, environ: dict[str, Any]) -> Any:
     visit = environ.get(session._key)
     if visit is None or visit.exchange is not exchange:
         visit = environ[session._key] = session._visit_type(session, environ, exchange)
+        visit.late = exchange.stage > _ROUTE
         exchange.visits.append(visit)
+        exchange.news()
         if environ.get('wsgi.multiprocess') and session.store.keeps_objects:
             _warn_of_processes(session)
-    visit.late = exchange.stage > _ROUTE
+    visit.late = visit.late or exchange.stage > _ROUTE
     return visit
 
 
@@ -2421,10 +2429,10 @@ def _wrap(app: bottle.Bottle) -> None:
                 start_response(status, headers)
 
         body = inner(environ, answer)
-        if type(body) is list and not failure:
-            exchange.stage = _OVER
-            return body
-        return _Body(exchange, body, failure)
+        if failure or isinstance(body, _GENERATED):
+            return _Body(exchange, body, failure)
+        exchange.stage = _OVER  # a server must get a list or a file as it is
+        return body
 
     wsgi.bottle_session_inner = inner  # type: ignore[attr-defined]
     object.__setattr__(app, 'wsgi', wsgi)  # Bottle lets it be set only once
