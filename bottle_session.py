@@ -1672,7 +1672,7 @@ class _SealedVisit(_Visit):
 
     def _warn_if_changed(self) -> None:
         route = self.environ.get('bottle.route')
-        rule = route.rule if route else self.environ.get('PATH_INFO')
+        rule = route.rule if route else 'A request without a route'
         if rule in self.session._warned:
             return
         try:
@@ -1917,9 +1917,10 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             a value that cannot be serialized, SessionBusy after `lock_timeout`
             seconds in another request's ``with`` block, StoreError if the store
             fails. In memory mode only a new session needs to be kept, which also
-            happens at the end of the request.
+            happens at the end of the request. In a hook that runs after the route
+            crashed nothing is written.
         """
-        return bool(self._visit().save())
+        return not _crashed() and bool(self._visit().save())
 
     @property
     def dirty(self) -> bool:
@@ -2254,6 +2255,9 @@ _CAST = bottle.Bottle._cast.__code__      # error handlers, a generator's first 
 _GENERATOR = inspect.CO_GENERATOR
 _ROUTE, _ANSWER, _SENT, _OVER = range(4)
 _EXCHANGE = 'bottle_session.exchange'
+# Without gevent's patches all greenlets of a thread share Bottle's thread-locals.
+_SHARED_REQUEST = type(
+    bottle.LocalRequest.environ.fget.__closure__[0].cell_contents).__module__ == '_thread'
 _GENERATED = itertools.chain, map, bottle._closeiter  # how Bottle hands over a generator
 _VARIES = re.compile(r'(?:^|[,\s])(?:cookie|\*)(?:$|[,\s])', re.I).search
 
@@ -2312,6 +2316,10 @@ class _Exchange:
 def _join(session: Session, environ: dict[str, Any]) -> Any:
     """ Return the visit of this request where it is not the plain case: it is the
         first use, or the route is done. RuntimeError outside of a request. """
+    greenlet = sys.modules.get('greenlet')
+    if greenlet and _SHARED_REQUEST and greenlet.getcurrent().parent:
+        raise RuntimeError('Bottle would mix up the requests of greenlets here: run "from gevent '
+                           'import monkey; monkey.patch_all()" before bottle is imported.')
     exchange = environ.get(_EXCHANGE)
     if exchange is None or not exchange.wrapped or exchange.stage == _OVER:
         environ, stage = _running(environ)
@@ -2376,9 +2384,7 @@ def _after_request() -> None:
     frame: Any = sys._getframe(1)
     while frame.f_code is not _HANDLE:
         frame = frame.f_back
-    error = sys.exc_info()[1]
-    crashed = error is not None and error.__traceback__ is not None \
-        and error.__traceback__.tb_frame is frame
+    crashed = _crashed()
     try:
         for visit in exchange.visits:
             visit.finish(crashed)
@@ -2398,6 +2404,14 @@ def _after_request() -> None:
     answer._headers = {name: list(lines) for name, lines in out._headers.items()}
     exchange.put(answer._headers)
     raise answer
+
+
+def _crashed() -> bool:
+    """ Tell whether an exception that no route caught is on its way through Bottle,
+        which runs the hooks in between. """
+    error = sys.exc_info()[1]
+    return error is not None and error.__traceback__ is not None \
+        and error.__traceback__.tb_frame.f_code is _HANDLE
 
 
 def _wrap(app: bottle.Bottle) -> None:
