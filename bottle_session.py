@@ -41,7 +41,7 @@ import warnings
 import weakref
 import zlib
 from base64 import urlsafe_b64encode
-from collections import OrderedDict
+from collections import OrderedDict, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from datetime import date, datetime, timedelta
 from hashlib import blake2b
@@ -205,14 +205,26 @@ class _Cookie:
 # Seal ########################################################################
 ###############################################################################
 
-# record = version (16: key id 4, nonce 12) | stamp (24: last use 8, proof 16)
-#        | AES-256-GCM(created 8 | last use 8 | payload)
-# The stamp is empty, or a later use that a store noted without opening the seal.
+# record = version (16: key id 4, nonce 12) | stamp (24: told 8, proof 16)
+#        | AES-256-GCM(created 8 | used 8 | told 8 | payload)
+# A stamp without proof repeats what is sealed; with one it is a later use that a
+# store noted without opening the seal.
 _VERSION, _STAMP = 16, 24
 _SEALED = _VERSION + _STAMP
-_NO_STAMP = bytes(_STAMP)
-_TIMES = struct.Struct('<dd')
+_NO_PROOF = bytes(16)
+_TIMES = struct.Struct('<ddd')
 _TIME = struct.Struct('<d')
+
+
+class _Times(namedtuple('_Times', 'created used told')):
+    """ When a session was created, last used, and last told to the browser, in
+        seconds since the epoch. """
+
+    __slots__ = ()
+
+    def now(self, now: float, tell: bool = True) -> _Times:
+        """ Return the times of a use, which also mends what a wrong clock left. """
+        return _Times(min(self.created, now), now, now if tell else self.told)
 
 
 def _name_of(id: str) -> str:
@@ -275,15 +287,15 @@ class _Seal:
         self._secrets = secrets
         self._ciphers: dict[bytes, Any] = {}
 
-    def seal(self, created: float, used: float, payload: bytes) -> bytes:
+    def seal(self, times: _Times, payload: bytes) -> bytes:
         """ Return a record that holds this payload. """
         nonce, first = os.urandom(12), self._secrets.first
         sealed: bytes = self._cipher(first).encrypt(
-            nonce, _TIMES.pack(created, used) + payload, self.name.encode('ascii'))
-        return first + nonce + _NO_STAMP + sealed
+            nonce, _TIMES.pack(*times) + payload, self.name.encode('ascii'))
+        return first + nonce + _TIME.pack(times.told) + _NO_PROOF + sealed
 
-    def open(self, record: bytes) -> tuple[float, float, bytes]:
-        """ Return (created, last use, payload), or raise _Unreadable. """
+    def open(self, record: bytes) -> tuple[_Times, bytes]:
+        """ Return the times and the payload, or raise _Unreadable. """
         key_id = record[:4]
         if key_id not in self._secrets.masters:
             raise _Unreadable('is damaged or was sealed with a secret that is not in the list')
@@ -292,14 +304,14 @@ class _Seal:
                 record[4:_VERSION], record[_SEALED:], self.name.encode('ascii'))
         except (self._secrets.forged, ValueError):  # ValueError: too short to be sealed
             raise _Unreadable('is damaged or forged') from None
-        created, used = _TIMES.unpack_from(plain)
+        times = _Times._make(_TIMES.unpack_from(plain))
         stamp = record[_VERSION:_SEALED]
-        if stamp != _NO_STAMP:
+        if not stamp.endswith(_NO_PROOF):
             noted = _TIME.unpack_from(stamp)[0]
             if any(hmac.compare_digest(stamp, self.stamp(noted, key_id))
                    for key_id in self._secrets.masters):
-                used = max(used, noted)
-        return created, used, plain[_TIMES.size:]
+                times = _Times(times.created, max(times.used, noted), max(times.told, noted))
+        return times, plain[_TIMES.size:]
 
     def stamp(self, used: float, key_id: bytes | None = None) -> bytes:
         """ Return the proof of a use, for bytes 16 to 40 of a record. """
@@ -356,9 +368,10 @@ class Store:
     def load_and_touch(self, name: str, stamp: bytes, lifetime: float, due: float) -> bytes | None:
         """ Return the record, or None; override it if a use can be noted on the way.
 
-            :param stamp: what to put into bytes 16 to 40 of the record when no
-                use was noted for `due` seconds; the version stays.
-            :param lifetime: seconds from now to the new `expires`.
+            :param stamp: what to put into bytes 16 to 40 of the record, if the
+                time that begins it (8 bytes, a little-endian double) is `due`
+                seconds later than the one that is there; the version stays.
+            :param lifetime: seconds from now to the new `expires`, then.
         """
         return self.load(name)
 
@@ -643,7 +656,7 @@ class FileStore(Store):
             raise _failed('write', path, error) from error
         finally:
             if lock is None and fd is not None:
-                os.close(fd)
+                _unlock(fd)
         self._clean_a_little()
         return record
 
@@ -669,13 +682,13 @@ class FileStore(Store):
         except OSError as error:
             raise _failed('lock', path, error) from error
         if not found:
-            os.close(fd)
+            _unlock(fd)
             _log.warning('%s is damaged or no session; it is treated as absent', path)
             return None
         return fd, found[1]
 
     def unlock(self, name: str, lock: int) -> None:
-        os.close(lock)  # the system lets go of the lock with its descriptor
+        _unlock(lock)
 
     def sweep(self, now: float, progress: Progress = None) -> int:
         return sum(_remove_if_expired(path, now) for path in self._paths(progress))
@@ -751,7 +764,7 @@ class FileStore(Store):
             raise
         if locked and state.st_nlink and stat.S_ISREG(state.st_mode):
             return fd
-        os.close(fd)
+        _unlock(fd)
         if not locked:
             raise SessionBusy('Another request is using this session.')
         return None
@@ -837,6 +850,14 @@ def _room_for(record: bytes) -> int:
     return max(_PAGE, 1 << (len(record) - 1).bit_length())
 
 
+def _unlock(fd: int) -> None:
+    """ Close the file and let go of its lock, also where a forked child shares it. """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    finally:
+        os.close(fd)
+
+
 def _write(fd: int, data: bytes, offset: int) -> None:
     """ Write all of it; a nearly full disk takes only a part at first. """
     while data:
@@ -902,14 +923,17 @@ class RedisStore(Store):
     # KEYS[1] is a hash: r = record, l = the holder's token, u = its end in server ms.
     _LOAD = """
         local record = redis.call('HGET', KEYS[1], 'r')
-        if record and redis.call('PTTL', KEYS[1]) < tonumber(ARGV[2]) - tonumber(ARGV[3]) then
-            record = string.sub(record, 1, 16) .. ARGV[1] .. string.sub(record, 41)
-            redis.call('HSET', KEYS[1], 'r', record)
-            redis.call('PEXPIRE', KEYS[1], ARGV[2])
+        if not record or struct.unpack('<d', ARGV[1]) - struct.unpack('<d', record, 17)
+                < tonumber(ARGV[3]) then
+            return record
         end
-        return record"""
-    # The first line of CREATE and the third of REPLACE find that the work is
-    # done when only its reply was lost and the command is sent again.
+        local noted = string.sub(record, 1, 16) .. ARGV[1] .. string.sub(record, 41)
+        local done = redis.pcall('HSET', KEYS[1], 'r', noted)
+        if type(done) == 'table' then return {record, done.err} end  -- full, or a replica
+        redis.call('PEXPIRE', KEYS[1], ARGV[2])
+        return noted"""
+    # A command whose reply was lost is sent again: CREATE and REPLACE then find
+    # their own record; for REMOVE what is gone by then is taken for removed.
     _CREATE = """
         if redis.call('HGET', KEYS[1], 'r') == ARGV[1] then return 1 end
         if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
@@ -976,7 +1000,11 @@ class RedisStore(Store):
         return record
 
     def load_and_touch(self, name: str, stamp: bytes, lifetime: float, due: float) -> bytes | None:
-        record: bytes | None = self._run(self._LOAD, name, stamp, _ms(lifetime), _ms(due))
+        reply = self._run(self._LOAD, name, stamp, _ms(lifetime), repr(due))
+        if isinstance(reply, list):
+            _log.warning('redis: a use could not be recorded: %r', reply[1])
+            reply = reply[0]
+        record: bytes | None = reply
         return record
 
     def create(self, name: str, record: bytes, expires: float, durable: bool = False) -> bool:
@@ -993,7 +1021,7 @@ class RedisStore(Store):
     def remove(self, name: str, version: bytes | None = None) -> bool:
         if version is None:
             return bool(self._ask(self.client.delete, self._prefix + name))
-        return bool(self._run(self._REMOVE, name, version))
+        return bool(self._run(self._REMOVE, name, version, sent_again=1))
 
     def lock(self, name: str) -> tuple[bytes, bytes] | None:
         token = os.urandom(12)
@@ -1015,27 +1043,30 @@ class RedisStore(Store):
             total['bytes'] += self._ask(self.client.memory_usage, key) or 0
         return total
 
-    def _run(self, script: str, name: str, *args: Any) -> Any:
+    def _run(self, script: str, name: str, *args: Any, sent_again: Any = None) -> Any:
         """ Run a script by its hash; the server learns it again when it lost it. """
         sha = self._hashes.get(script)
         if sha is None:
             sha = self._hashes[script] = hashlib.sha1(script.encode('ascii')).hexdigest()
         key = self._prefix + name
         try:
-            return self._ask(self.client.evalsha, sha, 1, key, *args)
+            return self._ask(self.client.evalsha, sha, 1, key, *args, sent_again=sent_again)
         except self._errors.NoScriptError:
             return self._ask(self.client.eval, script, 1, key, *args)
 
-    def _ask(self, command: Callable[..., Any], *args: Any) -> Any:
+    def _ask(self, command: Callable[..., Any], *args: Any, sent_again: Any = None) -> Any:
         """ Send a command; a lost connection is tried once more, a time-out is not,
-            and after two failures the next ones fail at once for a moment. """
+            and after two failures the next ones fail at once for a moment.
+
+            :param sent_again: what to return when the second try finds nothing.
+        """
         if self._failures > 1 and time.monotonic() < self._open_again:
             raise StoreError('The session store cannot be used at the moment.')
         try:
             try:
                 reply = command(*args)
             except self._errors.ConnectionError:
-                reply = command(*args)
+                reply = command(*args) or sent_again
         except self._errors.NoScriptError:
             raise
         except (self._errors.RedisError, OSError) as error:
@@ -1043,7 +1074,8 @@ class RedisStore(Store):
             if isinstance(error, self._errors.ReadOnlyError):  # a replica by now: look again
                 self.client.connection_pool.disconnect()
             elif not isinstance(error, self._errors.ResponseError):
-                self._failures += 1
+                # A time-out has cost a second already: nobody else shall wait for one.
+                self._failures += 2 if isinstance(error, self._errors.TimeoutError) else 1
                 self._open_again = time.monotonic() + self._PAUSE
             raise StoreError('The session store cannot be used at the moment.') from error
         self._failures = 0
@@ -1202,16 +1234,15 @@ class _Visit:
     placed: str | None = None           # and what was told already
     why = 'the browser sent no cookie of ours'
     gone = False     # purged, regenerated or expired since it was loaded
-    saved = False
+    saved = False    # or tried to
     late = False     # used after the route was done
     exposed = False  # somebody may have changed the inside of a value
     depth = 0        # of `with` blocks
     held: tuple[str, Any] | None = None  # the name and the store's lock
     # From here on they are set together with the id.
-    name: str        # in the store
-    created: float   # seconds since the epoch, as is the last use
-    used: float
-    record: Any      # as the store has it
+    name: str      # in the store
+    times: _Times
+    record: Any    # as the store has it
 
     def __init__(self, session: Session, environ: dict[str, Any], exchange: _Exchange) -> None:
         self.session = session
@@ -1230,7 +1261,7 @@ class _Visit:
 
     def tell_id(self, now: float) -> None:
         assert self.id
-        self.tell(self.id, self.session._left(self.created, now, now))
+        self.tell(self.id, self.session._expires(self.times) - now)
 
     def load(self) -> dict[Any, Any]:
         raise NotImplementedError
@@ -1319,10 +1350,11 @@ class _Visit:
 class _Live:
     """ A session of the memory mode. """
 
-    __slots__ = 'data', 'created', 'used'
+    __slots__ = 'data', 'times'
 
-    def __init__(self, data: dict[Any, Any], created: float) -> None:
-        self.data, self.created, self.used = data, created, created
+    def __init__(self, data: dict[Any, Any], times: _Times) -> None:
+        self.data = data
+        self.times = times
 
 
 class _LiveVisit(_Visit):
@@ -1338,14 +1370,14 @@ class _LiveVisit(_Visit):
             live: Any = session.store.load(self.name)
             if live is None:
                 continue
-            if session._ended(live.created, live.used, now):
+            if session._ended(live.times, now):
                 session.store.remove(self.name)
                 continue
-            self.id, self.created, self.record = id, min(live.created, now), live
+            self.id, self.record, self.times = id, live, live.times
             self.why = 'loaded'
-            if session._due(live.created, live.used, now):
-                live.created, live.used = self.created, now
-                session.store.replace(self.name, b'', live, session._expires(self.created, now))
+            if session._due(live.times, now):
+                self.times = live.times = live.times.now(now)
+                session.store.replace(self.name, b'', live, session._expires(live.times))
                 self.tell_id(now)
             data: dict[Any, Any] = live.data
             self.data = data
@@ -1366,14 +1398,12 @@ class _LiveVisit(_Visit):
 
     def _keep(self, created: float | None = None) -> None:
         self.exchange.must_be_open()
-        now = self.session.clock()
-        id, data = _new_id(), self.loaded()
-        live: Any = _Live(dict(data) if self.apart else data,
-                          now if created is None else created)
-        live.used = now
+        id, data, now = _new_id(), self.loaded(), self.session.clock()
+        times = _Times(now if created is None else created, now, now).now(now)
+        live: Any = _Live(dict(data) if self.apart else data, times)
         name = _name_of(id)
-        self.session.store.create(name, live, self.session._expires(live.created, now))
-        self.id, self.name, self.created, self.record = id, name, live.created, live
+        self.session.store.create(name, live, self.session._expires(times))
+        self.id, self.name, self.times, self.record = id, name, times, live
         self.why = 'it was stored in this request'
         self.tell_id(now)
 
@@ -1394,7 +1424,7 @@ class _LiveVisit(_Visit):
             self.save()
         elif self.session.store.remove(self.name):
             self.apart = True
-            self._keep(self.created)
+            self._keep(self.times.created)
             self.let_go()
         else:
             self.lose()
@@ -1432,17 +1462,18 @@ class _SealedVisit(_Visit):
     def load(self) -> dict[Any, Any]:
         return self._find(self._fetch)
 
-    def _find(self, fetch: Callable[[_Seal, float], bytes | None]) -> dict[Any, Any]:
+    def _find(self, fetch: Callable[[_Seal, bytes], bytes | None]) -> dict[Any, Any]:
         """ Take the first session that one of the cookies opens. """
         session, now = self.session, self.session.clock()
         for id in self.ids():
             seal = _Seal(session._secrets, id)
-            record = fetch(seal, now)
+            stamp = seal.stamp(now) if session._touches else b''
+            record = fetch(seal, stamp)
             if record is None:
                 self.why = 'the session is unknown, expired or was purged'
                 continue
             try:
-                created, used, plain, data = self._open(seal, record, now)
+                times, plain, data = self._open(seal, record, now)
             except _Unreadable as error:
                 self._report(seal.name, error)
                 self.let_go()
@@ -1450,54 +1481,51 @@ class _SealedVisit(_Visit):
             self.id, self.name, self.seal = id, seal.name, seal
             self.why = 'loaded'
             self.data = data
-            self._base(record, created, used, plain, data.copy())
-            if record[_VERSION:_VERSION + _TIME.size] == _TIME.pack(now):  # the store noted it
+            self._base(record, times, plain, data.copy())
+            if stamp == record[_VERSION:_SEALED]:  # the store noted this use
                 self.tell_id(now)
-            elif session._due(created, used, now):
+            elif session._due(times, now):
                 self._touch(now)
             return data
         self.data, self.plain, self.before = {}, b'', {}
         return self.data
 
-    def _fetch(self, seal: _Seal, now: float) -> bytes | None:
+    def _fetch(self, seal: _Seal, stamp: bytes) -> bytes | None:
         session = self.session
-        if not session._touches:
+        if not stamp:
             return session.store.load(seal.name)
-        return session.store.load_and_touch(seal.name, seal.stamp(now), session._lifetime,
-                                            session._step)
+        return session.store.load_and_touch(seal.name, stamp, session._lifetime, session._step)
 
-    def _fetch_locked(self, seal: _Seal, now: float) -> bytes | None:
+    def _fetch_locked(self, seal: _Seal, stamp: bytes) -> bytes | None:
         record: bytes | None = self.hold(seal.name)
         return record
 
     def _open(self, seal: _Seal, record: bytes, now: float
-              ) -> tuple[float, float, bytes, dict[Any, Any]]:
-        """ Return (created, used, plain, data), or raise _Unreadable. """
-        created, used, plain = seal.open(record)
-        if self.session._ended(created, used, now):
+              ) -> tuple[_Times, bytes, dict[Any, Any]]:
+        """ Return (times, plain, data), or raise _Unreadable. """
+        times, plain = seal.open(record)
+        if self.session._ended(times, now):
             raise _Unreadable('has expired')
-        return created, used, plain, self.session._loads(plain)
+        return times, plain, self.session._loads(plain)
 
     def _report(self, name: str, error: _Unreadable) -> None:
         self.why = 'the stored session ' + str(error)
         level = _log.debug if str(error) == 'has expired' else _log.warning
         level('session %s %s; it is treated as absent', _public(name), error)
 
-    def _base(self, record: bytes, created: float, used: float, plain: bytes,
-              data: dict[Any, Any]) -> None:
+    def _base(self, record: bytes, times: _Times, plain: bytes, data: dict[Any, Any]) -> None:
         """ Note what is stored. """
-        self.record, self.created, self.used, self.plain = record, created, used, plain
-        self.before = data
+        self.record, self.times, self.plain, self.before = record, times, plain, data
 
     def _touch(self, now: float) -> None:
         """ Record this use; what prevents it is logged, the request goes on. """
         if self.exchange.stage >= _SENT:
             return
-        session, created = self.session, min(self.created, now)
-        record = self.seal.seal(created, now, self.plain)
+        session, times = self.session, self.times.now(now)
+        record = self.seal.seal(times, self.plain)
         try:
             stored = session.store.replace(self.name, self.record[:_VERSION], record,
-                                           session._expires(created, now), self.token)
+                                           session._expires(times), self.token)
         except StoreError as error:
             _log.warning('session %s: its use could not be recorded: %s',
                          _public(self.name), error)
@@ -1505,7 +1533,7 @@ class _SealedVisit(_Visit):
             _log.debug('session %s is held: its use is recorded later', _public(self.name))
         else:
             if stored == record:
-                self.record, self.created, self.used = record, created, now
+                self.record, self.times = record, times
                 self.tell_id(now)
 
     @property
@@ -1574,6 +1602,7 @@ class _SealedVisit(_Visit):
     def save(self) -> bool:
         if self.data is None:
             return False
+        self.saved = True
         if not self.id:
             if self.gone:
                 return self.may_have_changed() and self.lose()
@@ -1588,40 +1617,37 @@ class _SealedVisit(_Visit):
         """ Store the data under a new id and return what `_become` takes. """
         self.exchange.must_be_open()
         session, now = self.session, self.session.clock()
-        seal = _Seal(session._secrets, _new_id())
-        record = seal.seal(created, now, plain)
-        if not session.store.create(seal.name, record, session._expires(created, now), durable):
+        seal, times = _Seal(session._secrets, _new_id()), _Times(created, now, now).now(now)
+        record = seal.seal(times, plain)
+        if not session.store.create(seal.name, record, session._expires(times), durable):
             raise StoreError('The session store has this new session already.')
-        return seal, record, created, now, plain
+        return seal, record, times, plain
 
-    def _become(self, seal: _Seal, record: bytes, created: float, now: float,
-                plain: bytes) -> None:
+    def _become(self, seal: _Seal, record: bytes, times: _Times, plain: bytes) -> None:
         self.id, self.name, self.seal = seal.id, seal.name, seal
-        self._stored(record, created, now, plain)
-        self.tell_id(now)
+        self._stored(record, times, plain)
+        self.tell_id(times.used)
 
-    def _stored(self, record: bytes, created: float, used: float, plain: bytes) -> None:
-        self._base(record, created, used, plain, self.loaded().copy())
-        self.saved = True
+    def _stored(self, record: bytes, times: _Times, plain: bytes) -> None:
+        self._base(record, times, plain, self.loaded().copy())
         self.snapshots = [plain for _ in self.snapshots]
 
     def _update(self, plain: bytes) -> bool:
         """ Write what changed on top of what is stored by now. """
         session, store = self.session, self.session.store
         now = session.clock()
-        if session._ended(self.created, self.used, now) \
-                and not self._absorb(store.load(self.name)):
+        if session._ended(self.times, now) and not self._absorb(store.load(self.name)):
             return self.lose()
         while True:
-            created = min(self.created, now)
-            record = self.seal.seal(created, now, plain)
-            version, expires = self.record[:_VERSION], session._expires(created, now)
+            tell = session._due(self.times, now) and self.exchange.stage < _SENT
+            times = self.times.now(now, tell)
+            record = self.seal.seal(times, plain)
+            version, expires = self.record[:_VERSION], session._expires(times)
             stored = session._in_turn(self.name, lambda: store.replace(
                 self.name, version, record, expires, self.token), bool(self.held))
             if stored == record:
-                again = session._due(self.created, self.used, now)
-                self._stored(record, created, now, plain)
-                if again and self.exchange.stage < _SENT:
+                self._stored(record, times, plain)
+                if tell:
                     self.tell_id(now)
                 return True
             if not self._absorb(stored):
@@ -1642,7 +1668,7 @@ class _SealedVisit(_Visit):
         if record is None:
             return False
         try:
-            created, used, plain, newest = self._open(self.seal, record, self.session.clock())
+            times, plain, newest = self._open(self.seal, record, self.session.clock())
         except _Unreadable as error:
             self._report(self.name, error)
             return False
@@ -1659,7 +1685,7 @@ class _SealedVisit(_Visit):
                     data[key] = new
                 else:
                     before[key] = mine
-        self._base(record, created, used, plain, before)
+        self._base(record, times, plain, before)
         return True
 
     def finish(self, crashed: bool) -> None:
@@ -1708,8 +1734,7 @@ class _SealedVisit(_Visit):
     def _move(self) -> None:
         """ Store the session under a new id and remove the old one. """
         store, plain = self.session.store, self._dumps(self.loaded())
-        created = min(self.created, self.session.clock())
-        new = self._create(created, plain, durable=True)
+        new = self._create(self.times.created, plain, durable=True)
         try:
             moved = store.remove(self.name, self.record[:_VERSION])
         except BaseException:
@@ -1963,7 +1988,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         if visit.why != 'loaded':
             return 'Session %s is new: %s.' % (self.id, visit.why)
         text = 'Session %s was loaded; it began %s ago and holds %d keys' % (
-            self.id, timedelta(seconds=int(max(0, self.clock() - visit.created))),
+            self.id, timedelta(seconds=int(max(0, self.clock() - visit.times.created))),
             len(visit.loaded()))
         if isinstance(visit, _SealedVisit):
             text += ' in %d bytes' % len(visit.plain)
@@ -2099,20 +2124,17 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             _raise_outside()
         return visit if visit and not visit.exchange.stage else _join(self, environ)
 
-    def _ended(self, created: float, used: float, now: float) -> bool:
-        return now - used >= self._lifetime or (
-            self._max_age is not None and now - created >= self._max_age)
+    def _ended(self, times: _Times, now: float) -> bool:
+        return bool(now - times.used >= self._lifetime) or (
+            self._max_age is not None and bool(now - times.created >= self._max_age))
 
-    def _due(self, created: float, used: float, now: float) -> bool:
+    def _due(self, times: _Times, now: float) -> bool:
         """ Tell whether a use must be recorded, or times that a wrong clock left. """
-        return now - used >= self._step or max(used, created) - now > 300
+        return bool(now - times.told >= self._step or max(times) - now > 300)
 
-    def _left(self, created: float, used: float, now: float) -> float:
-        return self._expires(created, used) - now
-
-    def _expires(self, created: float, used: float) -> float:
-        expires = used + self._lifetime
-        return expires if self._max_age is None else min(expires, created + self._max_age)
+    def _expires(self, times: _Times) -> float:
+        expires: float = times.used + self._lifetime
+        return expires if self._max_age is None else min(expires, times.created + self._max_age)
 
     def _loads(self, plain: bytes) -> dict[Any, Any]:
         try:
@@ -2442,7 +2464,11 @@ def _wrap(app: bottle.Bottle) -> None:
             return start_response(status, headers, exc_info) if exc_info else \
                 start_response(status, headers)
 
-        body = inner(environ, answer)
+        try:
+            body = inner(environ, answer)
+        except BaseException:
+            exchange.stage = _OVER
+            raise
         if failure or isinstance(body, _GENERATED):
             return _Body(exchange, body, failure)
         exchange.stage = _OVER  # a server must get a list or a file as it is
