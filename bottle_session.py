@@ -23,6 +23,8 @@ sealed with AES-256-GCM before it leaves the process::
 
 from __future__ import annotations
 
+import contextlib
+import copyreg
 import errno
 import hashlib
 import hmac
@@ -550,7 +552,7 @@ class _Slot:
 
     def record(self, fd: int, page: bytes) -> bytes | None:
         """ Return the record, or None if it is not whole. """
-        if not 0 < self.length <= min(self.room, _MAX_RECORD):
+        if not 0 < self.length <= min(self.room, _MAX_RECORD) or self.number >= 2 ** 63:
             return None
         head, end = self.at + _HEAD.size, self.offset + self.length
         record = page[self.offset:end] if end <= len(page) else os.pread(
@@ -627,7 +629,8 @@ class FileStore(Store):
                 self._sync(os.path.dirname(path))
                 self._sync(self.directory)
         except BaseException as error:
-            os.unlink(path)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
             if isinstance(error, OSError):
                 raise _failed('write', path, error) from error
             raise
@@ -665,8 +668,12 @@ class FileStore(Store):
         if version is not None and (self.load(name) or b'')[:_VERSION] != version:
             return False
         try:
-            os.unlink(path)
-            self._sync(os.path.dirname(path))
+            directory = os.open(os.path.dirname(path), os.O_RDONLY)
+            try:
+                os.unlink(path)
+                os.fsync(directory)
+            finally:
+                os.close(directory)
         except OSError as error:
             self._absent(path, error)
             return False
@@ -674,6 +681,7 @@ class FileStore(Store):
 
     def lock(self, name: str) -> tuple[int, bytes] | None:
         path = self._path(name)
+        found = fd = None
         try:
             fd = self._open_locked(path)
             if fd is None:
@@ -681,8 +689,10 @@ class FileStore(Store):
             found = _newest(fd, os.pread(fd, _PAGE, 0))
         except OSError as error:
             raise _failed('lock', path, error) from error
+        finally:
+            if fd is not None and not found:
+                _unlock(fd)
         if not found:
-            _unlock(fd)
             _log.warning('%s is damaged or no session; it is treated as absent', path)
             return None
         return fd, found[1]
@@ -707,7 +717,7 @@ class FileStore(Store):
             except OSError as error:
                 self._absent(path, error)
                 continue
-            if page.startswith(_MAGIC) and slot.number:
+            if page.startswith(_MAGIC) and slot.number and 0 < slot.used < 1e11:
                 total['sessions'] += 1
                 total['bytes'] += size
                 total['expired'] += slot.expires <= now
@@ -1034,11 +1044,12 @@ class RedisStore(Store):
         self._run(self._UNLOCK, name, lock)
 
     def sweep(self, now: float, progress: Progress = None) -> int:
+        self._ask(self.client.ping)
         return 0  # the server does it
 
     def stats(self, now: float, progress: Progress = None) -> dict[str, Any]:
         total: dict[str, Any] = {'sessions': 0, 'expired': 0, 'bytes': 0, 'oldest': None}
-        for key in self.client.scan_iter(self._prefix + '*', 1000):
+        for key in self._ask(lambda: list(self.client.scan_iter(self._prefix + '*', 1000))):
             total['sessions'] += 1
             total['bytes'] += self._ask(self.client.memory_usage, key) or 0
         return total
@@ -1310,6 +1321,8 @@ class _Visit:
 
     def exit(self, error: BaseException | None) -> None:
         """ Leave a `with` block: save after an answer, undo after a failure. """
+        if not self.depth:  # entered in another request
+            _raise_outside()
         snapshot = self.snapshots.pop()
         self.depth -= 1
         try:
@@ -1350,11 +1363,12 @@ class _Visit:
 class _Live:
     """ A session of the memory mode. """
 
-    __slots__ = 'data', 'times'
+    __slots__ = 'data', 'times', 'ended'
 
     def __init__(self, data: dict[Any, Any], times: _Times) -> None:
         self.data = data
         self.times = times
+        self.ended = False  # purged, or moved to a new id
 
 
 class _LiveVisit(_Visit):
@@ -1385,8 +1399,14 @@ class _LiveVisit(_Visit):
         self.data = {}
         return self.data
 
+    def loaded(self) -> dict[Any, Any]:
+        if self.id and self.record.ended:  # by another request, which may go on with the dict
+            self.lose()
+            self.data = {}
+        return self.load() if self.data is None else self.data
+
     def changed(self) -> bool:
-        return not self.id and not self.gone and bool(self.data)
+        return not self.id and not self.gone and bool(self.loaded())
 
     def save(self) -> bool:
         if self.changed():
@@ -1413,7 +1433,7 @@ class _LiveVisit(_Visit):
 
     def purge(self) -> None:
         self.loaded()
-        self.apart = self.apart or bool(self.id)
+        self._leave()
         self.forget()
         self.snapshots = [{} for _ in self.snapshots]
 
@@ -1422,12 +1442,22 @@ class _LiveVisit(_Visit):
         self.exchange.must_be_open()
         if not self.id:
             self.save()
-        elif self.session.store.remove(self.name):
-            self.apart = True
-            self._keep(self.times.created)
-            self.let_go()
-        else:
-            self.lose()
+            return
+        try:
+            if self.held or self.hold(self.name):
+                self.session.store.remove(self.name)
+                self._leave()
+                self._keep(self.times.created)
+            else:
+                self.lose()
+        finally:
+            if not self.depth or self.held and self.held[0] != self.name:
+                self.let_go()
+
+    def _leave(self) -> None:
+        """ Have other requests that are still in this session leave it. """
+        if self.id:
+            self.record.ended = self.apart = True
 
     def lock(self, name: str) -> tuple[None, Any] | None:
         live: Any = self.session.store.load(name)
@@ -1437,7 +1467,7 @@ class _LiveVisit(_Visit):
         data = self.loaded()
         if not self.depth and self.id and self.hold(self.name) is None:
             self.lose()
-            data.clear()
+            self.data = data = {}
         self.snapshots.append(dict(data))
         self.depth += 1
 
@@ -1494,7 +1524,8 @@ class _SealedVisit(_Visit):
         session = self.session
         if not stamp:
             return session.store.load(seal.name)
-        return session.store.load_and_touch(seal.name, stamp, session._lifetime, session._step)
+        lifetime = min(session._lifetime, session._max_age or session._lifetime)
+        return session.store.load_and_touch(seal.name, stamp, lifetime, session._step)
 
     def _fetch_locked(self, seal: _Seal, stamp: bytes) -> bytes | None:
         record: bytes | None = self.hold(seal.name)
@@ -1545,8 +1576,14 @@ class _SealedVisit(_Visit):
         """ Return the data serialized if it differs from what is stored, else None. """
         if not self.may_have_changed():
             return None
-        plain = self._dumps(self.loaded())
-        return plain if plain != self.plain and self._differs() else None
+        plain = self._dumps()
+        if plain == self.plain:
+            return None
+        mine = self._loads_back(plain) if self.exposed else None
+        if self._surely_changed():
+            return plain
+        base = self.session._loads(self.plain)
+        return None if self._same(base, mine or self._loads_back(plain)) else plain
 
     def may_have_changed(self) -> bool:
         """ Tell without serializing whether any value is another object, or one
@@ -1560,44 +1597,60 @@ class _SealedVisit(_Visit):
                 return True
         return False
 
+    def _surely_changed(self) -> bool:
+        """ Tell whether plain values are enough to see a change. """
+        data = self.loaded()
+        if data.keys() != self.before.keys():
+            return True
+        for key, old in self.before.items():
+            new = data[key]
+            if new is not old and type(old) in _PLAIN and type(new) in _PLAIN and (
+                    type(new) is not type(old) or new != old):
+                return True
+        return False
+
     def changed(self) -> bool:
         if self.gone:
             return False
         return self.changes() is not None if self.id else bool(self.data)
 
-    def _differs(self) -> bool:
-        data, before = self.loaded(), self.before
-        if data.keys() != before.keys():
-            return True
-        nested = []
-        for key, old in before.items():
-            if type(old) not in _PLAIN:
-                nested.append(key)
-            elif data[key] is not old and not self._same(old, data[key]):
-                return True
-        if nested:
-            base = self.session._loads(self.plain)
-            if not all(self._same(base[key], data[key]) for key in nested):
-                return True
-        return {(type(key), key) for key in data} != {(type(key), key) for key in before}
-
     def _same(self, one: Any, other: Any) -> bool:
-        return _same(one, other, self.session._dumps, set())
-
-    def _dumps(self, data: dict[Any, Any]) -> bytes:
-        dumps = self.session._dumps
         try:
-            return dumps(data)
+            return _same(one, other, self.session._dumps, {})
+        except Exception as error:  # from methods of the user's classes
+            _log.debug('cannot compare two values, so it counts as a change: %s', error)
+            return False
+
+    def _dumps(self) -> bytes:
+        try:
+            return self.session._dumps(self.loaded())
         except Exception as error:
-            for key, value in data.items():
-                try:
-                    dumps({key: value})
-                except Exception as reason:
-                    raise SessionError(
-                        'session[%r] holds a value of type %s, which cannot be stored (%s). Keep '
-                        'plain values, or what identifies the object.'
-                        % (key, _kind(value), reason)) from error
-            raise SessionError('The session cannot be stored: %s' % error) from error
+            self._blame(error)
+
+    def _loads_back(self, plain: bytes) -> dict[Any, Any]:
+        """ Return the data as it would be loaded; what does not load must not be stored. """
+        try:
+            return self.session._loads(plain)
+        except _Unreadable as error:
+            self._blame(error)
+
+    def _blame(self, error: Exception) -> NoReturn:
+        """ Raise a SessionError that names the value with which serializing fails. """
+        for key, value in self.loaded().items():
+            try:
+                self.session._loads(self.session._dumps({key: value}))
+            except Exception as reason:
+                raise SessionError(
+                    'session[%r] holds a value of type %s, which cannot be stored (%s). Keep '
+                    'plain values, or what identifies the object.'
+                    % (key, _kind(value), reason)) from error
+        raise SessionError('The session cannot be stored: %s' % error) from error
+
+    def _checked_dumps(self) -> bytes:
+        plain = self._dumps()
+        if self.exposed:
+            self._loads_back(plain)
+        return plain
 
     def save(self) -> bool:
         if self.data is None:
@@ -1607,7 +1660,7 @@ class _SealedVisit(_Visit):
             if self.gone:
                 return self.may_have_changed() and self.lose()
             if self.data:
-                self._become(*self._create(self.session.clock(), self._dumps(self.data)))
+                self._become(*self._create(self.session.clock(), self._checked_dumps()))
                 self.why = 'it was stored in this request'
             return bool(self.data)
         plain = self.changes()
@@ -1673,18 +1726,20 @@ class _SealedVisit(_Visit):
             self._report(self.name, error)
             return False
         data, missing = self.loaded(), object()
-        base = self.session._loads(self.plain)
+        base, mine = self.session._loads(self.plain), self._loads_back(self._dumps())
+        if mine.keys() != data.keys():  # json made text of other keys
+            data.clear()
+            data.update(mine)
         before = dict(newest)
-        for key in {**base, **newest, **data}:
-            old, mine, new = (d.get(key, missing) for d in (base, data, newest))
-            if (old is missing) == (mine is missing) and (
-                    old is missing or self._same(old, mine)):  # not changed by this request
+        for key in {**base, **newest, **mine}:
+            old, own, new = (d.get(key, missing) for d in (base, mine, newest))
+            if self._same(old, own):  # not changed by this request
                 if new is missing:
                     data.pop(key, None)
-                elif old is missing or not self._same(old, new):
-                    data[key] = new
+                elif self._same(old, new):
+                    before[key] = data[key]
                 else:
-                    before[key] = mine
+                    data[key] = new
         self._base(record, times, plain, before)
         return True
 
@@ -1721,19 +1776,18 @@ class _SealedVisit(_Visit):
         if not self.id:
             self.save()  # its id is new
             return
-        if not self.held and not self._absorb(self.hold(self.name)):
-            self.lose()
-            self.let_go()
-            return
         try:
-            self._move()
+            if self.held or self._absorb(self.hold(self.name)):
+                self._move()
+            else:
+                self.lose()
         finally:
             if not self.depth or self.held and self.held[0] != self.name:
                 self.let_go()
 
     def _move(self) -> None:
         """ Store the session under a new id and remove the old one. """
-        store, plain = self.session.store, self._dumps(self.loaded())
+        store, plain = self.session.store, self._checked_dumps()
         new = self._create(self.times.created, plain, durable=True)
         try:
             moved = store.remove(self.name, self.record[:_VERSION])
@@ -1756,7 +1810,7 @@ class _SealedVisit(_Visit):
         try:
             if not self.depth:
                 self._begin()
-            pending = self.changes() if self.id else self.data and self._dumps(self.data)
+            pending = self.changes() if self.id else self.data and self._dumps()
             self.snapshots.append(pending or self.plain)
         except BaseException:
             if not self.depth:
@@ -1780,26 +1834,28 @@ class _SealedVisit(_Visit):
         self.before = self.session._loads(self.plain) if self.plain else {}
 
 
-def _same(one: Any, other: Any, dumps: Callable[[Any], bytes], seen: set[Any]) -> bool:
+def _same(one: Any, other: Any, dumps: Callable[[Any], bytes],
+          seen: dict[tuple[int, int], Any]) -> bool:
     """ Tell whether two values are equal, to their types: 1, 1.0 and True differ.
 
         Equal bytes mean equal values, but equal values need not give equal bytes:
         pickle also writes which parts are one and the same object.
     """
     kind = type(one)
-    if kind is not type(other):
-        return False
-    if kind in (str, int, bool, bytes, type(None)):
+    if one is other or kind is not type(other):
+        return one is other
+    if kind in (str, int, bool, bytes):
         return bool(one == other)
-    if hasattr(one, '__len__') and len(one) != len(other):
+    if kind in (dict, list, tuple, set, frozenset) and len(one) != len(other):
         return False
-    if one is other and kind in _BY_NAME or dumps(one) == dumps(other):
+    if dumps(one) == dumps(other):
         return True
     if kind in _PLAIN or kind in _BY_NAME:
         return False
-    if (id(one), id(other)) in seen:  # a cycle: decided where it began
+    pair = id(one), id(other)
+    if pair in seen:  # a cycle: decided where it began
         return True
-    seen.add((id(one), id(other)))
+    seen[pair] = one, other  # kept, so that their ids stay theirs
 
     def same(a: Any, b: Any) -> bool:
         return _same(a, b, dumps, seen)
@@ -1813,18 +1869,16 @@ def _same(one: Any, other: Any, dumps: Callable[[Any], bytes], seen: set[Any]) -
     if kind in (set, frozenset):
         values = {value: value for value in other}
         return all(value in values and same(value, values[value]) for value in one)
-    return all(map(same, _parts(one), _parts(other)))
+    return same(_parts(one), _parts(other))
 
 
 def _parts(value: Any) -> list[Any]:
-    """ Return what pickle would store of an object, in a list of fixed length. """
-    reduced = value.__reduce_ex__(4)
+    """ Return what pickle would store of an object. """
+    reduce = copyreg.dispatch_table.get(type(value))
+    reduced = reduce(value) if reduce else value.__reduce_ex__(4)
     if isinstance(reduced, str):
         return [reduced]
-    parts = list(reduced) + [None] * (6 - len(reduced))
-    for items in 3, 4:  # of a list's and a dict's subclasses
-        parts[items] = parts[items] if parts[items] is None else list(parts[items])
-    return parts
+    return [list(part) if isinstance(part, Iterator) else part for part in reduced]
 
 
 def _public(name: str) -> str:
@@ -2106,7 +2160,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
                 requests.get(url, cookies=session.issue_cookie({'user': 'joe'}))
                 webtest.TestApp(app).set_cookie(*session.issue_cookie(...).popitem())
         """
-        visit = self._visit_type(self, {}, _Exchange())
+        visit = self._visit_type(self, {}, _Exchange({}))
         visit.load().update(data)
         if not visit.save():
             raise ValueError('issue_cookie() needs some data: an empty session is not stored')
@@ -2122,7 +2176,9 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             visit = environ.get(self._key)
         except RuntimeError:
             _raise_outside()
-        return visit if visit and not visit.exchange.stage else _join(self, environ)
+        if visit is None or visit.exchange.stage or visit.environ is not environ:
+            return _join(self, environ)
+        return visit
 
     def _ended(self, times: _Times, now: float) -> bool:
         return bool(now - times.used >= self._lifetime) or (
@@ -2292,12 +2348,16 @@ def _raise_outside() -> NoReturn:
 class _Exchange:
     """ A request and its response: who visits, and how far it is. """
 
-    __slots__ = 'visits', 'stage', 'wrapped'
+    __slots__ = 'environ', 'visits', 'stage', 'wrapped', 'resumed', 'generator'
 
-    def __init__(self, stage: int = _ROUTE, wrapped: bool = False) -> None:
+    def __init__(self, environ: dict[str, Any], stage: int = _ROUTE,
+                 wrapped: bool = False) -> None:
+        self.environ = environ
         self.visits: list[_LiveVisit | _SealedVisit] = []
         self.stage = stage
         self.wrapped = wrapped  # our WSGI wrapper sends the headers
+        self.resumed = False    # the server asks for the next chunk
+        self.generator: Any = None  # its frame, if the route is one
 
     def must_be_open(self) -> None:
         if self.stage >= _SENT:
@@ -2342,15 +2402,16 @@ def _join(session: Session, environ: dict[str, Any]) -> Any:
     if greenlet and _SHARED_REQUEST and greenlet.getcurrent().parent:
         raise RuntimeError('Bottle would mix up the requests of greenlets here: run "from gevent '
                            'import monkey; monkey.patch_all()" before bottle is imported.')
-    exchange = environ.get(_EXCHANGE)
-    if exchange is None or not exchange.wrapped or exchange.stage == _OVER:
-        environ, stage = _running(environ)
-        exchange = environ.get(_EXCHANGE)
+    exchange = _exchange_of(environ)
+    if exchange is None or not exchange.wrapped or (
+            exchange.stage > _ANSWER and not exchange.resumed):
+        environ, stage, generator = _running(environ)
+        exchange = _exchange_of(environ)
         if exchange is None or stage == _ROUTE < exchange.stage and not exchange.wrapped:
-            exchange = environ[_EXCHANGE] = _Exchange(stage)
+            exchange = environ[_EXCHANGE] = _Exchange(environ, stage)
             _watch(environ['bottle.app'])
-        elif exchange.stage < stage:
-            exchange.stage = stage
+        exchange.stage = max(stage, exchange.stage)
+        exchange.generator = exchange.generator or generator
     visit = environ.get(session._key)
     if visit is None or visit.exchange is not exchange:
         visit = environ[session._key] = session._visit_type(session, environ, exchange)
@@ -2363,25 +2424,41 @@ def _join(session: Session, environ: dict[str, Any]) -> Any:
     return visit
 
 
-def _running(environ: dict[str, Any]) -> tuple[dict[str, Any], int]:
-    """ Return the environ and the stage of the request that this stack works for.
+def _exchange_of(environ: dict[str, Any]) -> Any:
+    exchange = environ.get(_EXCHANGE)
+    return exchange if exchange and exchange.environ is environ else None  # not in a copy
+
+
+def _running(environ: dict[str, Any]) -> tuple[dict[str, Any], int, Any]:
+    """ Return the environ and the stage of the request that this stack works for,
+        and the frame of its generator.
 
         After a route has called another app, Bottle's `request` still names the
         inner request: the frame knows better.
     """
-    frame: types.FrameType | None = sys._getframe(2)
-    in_generator = False
+    frame: Any = sys._getframe(2)
+    generators: list[Any] = []
     while frame is not None:
         code = frame.f_code
         if code is _HANDLE:
-            return frame.f_locals['environ'], _ROUTE
+            return frame.f_locals['environ'], _ROUTE, None
         if code is _CAST:
-            return environ, _ANSWER
-        in_generator = in_generator or bool(code.co_flags & _GENERATOR)
+            return environ, _ANSWER, generators[-1] if generators else None
+        if code.co_flags & _GENERATOR:
+            generators.append(frame)
         frame = frame.f_back
-    if not in_generator or 'bottle.app' not in environ:
-        _raise_outside()
-    return environ, _SENT  # the server asks for the next chunk
+    exchange = _exchange_of(environ)
+    for frame in generators:  # the server asks for the next chunk
+        if frame is exchange.generator if exchange else _is_of_route(frame.f_code, environ):
+            return environ, _SENT, frame
+    _raise_outside()
+
+
+def _is_of_route(code: types.CodeType, environ: Mapping[str, Any]) -> bool:
+    """ Tell whether this is code of the request's route, or of a function in it. """
+    route = environ.get('bottle.route')
+    own = getattr(inspect.unwrap(route.callback), '__code__', None) if route else None
+    return own is not None and (code is own or code in own.co_consts)
 
 
 def _warn_of_processes(session: Session) -> None:
@@ -2401,20 +2478,28 @@ def _watch(app: bottle.Bottle) -> None:
 def _after_request() -> None:
     """ The route is done: save for the plugin, and add our headers to the response. """
     exchange = request.environ.get(_EXCHANGE)
-    if exchange is None or exchange.stage or not exchange.visits:
+    if exchange and exchange.wrapped and not exchange.visits:
         return
     frame: Any = sys._getframe(1)
     while frame.f_code is not _HANDLE:
         frame = frame.f_back
+    environ, out = frame.f_locals['environ'], frame.f_locals['out']
+    exchange = _exchange_of(environ)
+    if exchange is None:
+        if not isinstance(out, types.GeneratorType):
+            return
+        exchange = environ[_EXCHANGE] = _Exchange(environ)
+    if exchange.stage:
+        return
+    exchange.generator = getattr(out, 'gi_frame', None)
     crashed = _crashed()
     try:
         for visit in exchange.visits:
             visit.finish(crashed)
     finally:
         exchange.stage = _ANSWER
-    if exchange.wrapped or crashed:
+    if exchange.wrapped or crashed or not exchange.visits:
         return
-    out = frame.f_locals['out']
     if not isinstance(out, HTTPResponse):
         exchange.put(response._headers)
         return
@@ -2444,11 +2529,11 @@ def _wrap(app: bottle.Bottle) -> None:
 
     def wsgi(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         body: Iterable[bytes]
-        exchange = environ.get(_EXCHANGE)
-        if exchange is not None and exchange.wrapped and exchange.stage < _SENT:
+        exchange = _exchange_of(environ)
+        if exchange and exchange.wrapped and exchange.stage < _SENT:
             body = inner(environ, start_response)  # an outer app has our wrapper, too
             return body
-        exchange = environ[_EXCHANGE] = _Exchange(_ROUTE, True)
+        exchange = environ[_EXCHANGE] = _Exchange(environ, _ROUTE, True)
         failure: list[HTTPError] = []
 
         def answer(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
@@ -2511,7 +2596,8 @@ class _Body:
 
     def __next__(self) -> bytes:
         try:
-            return next(self._chunks)
+            chunk: bytes = self._resume(next, self._chunks)
+            return chunk
         except StopIteration:
             raise
         except BaseException:
@@ -2521,12 +2607,25 @@ class _Body:
     def close(self) -> None:
         try:
             if hasattr(self._body, 'close'):
-                self._body.close()
+                self._resume(self._body.close)
         finally:
             if self._exchange.stage < _OVER:
                 for visit in self._exchange.visits:
                     self._save(visit)
             self._exchange.stage = _OVER
+
+    def _resume(self, step: Callable[..., Any], *args: Any) -> Any:
+        """ Go on with the route; another request may have come to this thread. """
+        exchange = self._exchange
+        try:
+            before = request.environ
+        except RuntimeError:  # a thread of the server's own
+            before = {}
+        request.environ, exchange.resumed = exchange.environ, True
+        try:
+            return step(*args)
+        finally:
+            request.environ, exchange.resumed = before, False
 
     def _save(self, visit: _LiveVisit | _SealedVisit) -> None:
         try:
