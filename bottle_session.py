@@ -1433,7 +1433,8 @@ class _LiveVisit(_Visit):
 
     def purge(self) -> None:
         self.loaded()
-        self._leave()
+        if self.id:
+            self.record.ended = self.apart = True
         self.forget()
         self.snapshots = [{} for _ in self.snapshots]
 
@@ -1445,23 +1446,21 @@ class _LiveVisit(_Visit):
             return
         try:
             if self.held or self.hold(self.name):
+                old, self.apart = self.record, True
                 self.session.store.remove(self.name)
-                self._leave()
                 self._keep(self.times.created)
+                old.ended = True
             else:
                 self.lose()
         finally:
             if not self.depth or self.held and self.held[0] != self.name:
                 self.let_go()
 
-    def _leave(self) -> None:
-        """ Have other requests that are still in this session leave it. """
-        if self.id:
-            self.record.ended = self.apart = True
-
     def lock(self, name: str) -> tuple[None, Any] | None:
         live: Any = self.session.store.load(name)
-        return (None, live) if live else None  # our turn keeps others out
+        if live is None or self.session._ended(live.times, self.session.clock()):
+            return None
+        return None, live  # our turn keeps others out
 
     def enter(self) -> None:
         data = self.loaded()
@@ -2443,7 +2442,8 @@ def _running(environ: dict[str, Any]) -> tuple[dict[str, Any], int, Any]:
         if code is _HANDLE:
             return frame.f_locals['environ'], _ROUTE, None
         if code is _CAST:
-            return environ, _ANSWER, generators[-1] if generators else None
+            return (frame.f_back.f_locals.get('environ', environ), _ANSWER,
+                    generators[-1] if generators else None)
         if code.co_flags & _GENERATOR:
             generators.append(frame)
         frame = frame.f_back
@@ -2498,7 +2498,10 @@ def _after_request() -> None:
             visit.finish(crashed)
     finally:
         exchange.stage = _ANSWER
-    if exchange.wrapped or crashed or not exchange.visits:
+    if exchange.wrapped or not exchange.visits:
+        return
+    if crashed:
+        _tell_after_crash(frame.f_locals['self'])
         return
     if not isinstance(out, HTTPResponse):
         exchange.put(response._headers)
@@ -2519,6 +2522,24 @@ def _crashed() -> bool:
     error = sys.exc_info()[1]
     return error is not None and error.__traceback__ is not None \
         and error.__traceback__.tb_frame.f_code is _HANDLE
+
+
+def _tell_after_crash(app: bottle.Bottle) -> None:
+    """ Have what was saved before a crash told, too: Bottle makes a new response
+        for it, which only the error handler gets to see. """
+    handler = app.error_handler.get(500, app.default_error_handler)
+    if hasattr(handler, 'bottle_session_inner'):
+        return
+
+    def handle_crash(error: HTTPError) -> Any:
+        page = handler(error)
+        exchange = _exchange_of(request.environ)
+        if exchange:
+            exchange.news()
+        return page
+
+    handle_crash.bottle_session_inner = handler  # type: ignore[attr-defined]
+    app.error_handler[500] = handle_crash
 
 
 def _wrap(app: bottle.Bottle) -> None:
