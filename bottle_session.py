@@ -1242,7 +1242,6 @@ class _Visit:
     data: dict[Any, Any] | None = None  # None: not asked for yet
     id: str | None = None               # of the session in the store
     cookie: str | None = None           # what to tell the browser
-    placed: str | None = None           # and what was told already
     why = 'the browser sent no cookie of ours'
     gone = False     # purged, regenerated or expired since it was loaded
     saved = False    # or tried to
@@ -2372,20 +2371,22 @@ class _Exchange:
 
     def put(self, headers: dict[str, list[str]]) -> None:
         """ Add what the visits have to say to these headers. """
+        if 'Set-Cookie' in headers:
+            headers['Set-Cookie'] = [line for line in headers['Set-Cookie']
+                                     if not line.startswith(self.names())]
         for name, line in self.extra(headers.get('Vary', ()), 'Cache-Control' in headers):
             headers.setdefault(name, []).append(line)
-        for visit in self.visits:
-            if visit.cookie != visit.placed:
-                if visit.placed in headers['Set-Cookie']:
-                    headers['Set-Cookie'].remove(visit.placed)
-                visit.placed = visit.cookie
+
+    def names(self) -> tuple[str, ...]:
+        """ Return how our Set-Cookie lines begin: only this request's may leave. """
+        return tuple(visit.session.cookie_name + '=' for visit in self.visits)
 
     def extra(self, vary: Sequence[str], has_cache_control: bool) -> list[tuple[str, str]]:
         """ Return the headers that the visits add to a response with these. """
         extra, used = [], False
         for visit in self.visits:
             used = used or visit.data is not None or visit.late
-            if visit.cookie and visit.cookie != visit.placed:
+            if visit.cookie:
                 extra.append(('Set-Cookie', visit.cookie))
         if extra and not has_cache_control:
             extra.append(('Cache-Control', 'no-store'))
@@ -2449,16 +2450,15 @@ def _running(environ: dict[str, Any]) -> tuple[dict[str, Any], int, Any]:
         frame = frame.f_back
     exchange = _exchange_of(environ)
     for frame in generators:  # the server asks for the next chunk
-        if frame is exchange.generator if exchange else _is_of_route(frame.f_code, environ):
+        if frame is exchange.generator if exchange else not _is_watched(environ):
             return environ, _SENT, frame
     _raise_outside()
 
 
-def _is_of_route(code: types.CodeType, environ: Mapping[str, Any]) -> bool:
-    """ Tell whether this is code of the request's route, or of a function in it. """
-    route = environ.get('bottle.route')
-    own = getattr(inspect.unwrap(route.callback), '__code__', None) if route else None
-    return own is not None and (code is own or code in own.co_consts)
+def _is_watched(environ: Mapping[str, Any]) -> bool:
+    """ Tell whether our hook has seen what the route returned. """
+    app = environ.get('bottle.app')
+    return app is None or _after_request in app._hooks['after_request']
 
 
 def _warn_of_processes(session: Session) -> None:
@@ -2598,6 +2598,9 @@ def _finish_late(exchange: _Exchange, status: str) -> None:
 
 
 def _with_ours(exchange: _Exchange, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    names = exchange.names()
+    headers = [(name, line) for name, line in headers
+               if not line.startswith(names) or name.lower() != 'set-cookie']
     vary = [line for name, line in headers if name.lower() == 'vary']
     cached = any(name.lower() == 'cache-control' for name, line in headers)
     return headers + exchange.extra(vary, cached)
