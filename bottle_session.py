@@ -372,7 +372,7 @@ class Store:
 
             :param stamp: what to put into bytes 16 to 40 of the record, if the
                 time that begins it (8 bytes, a little-endian double) is `due`
-                seconds later than the one that is there; the version stays.
+                to `lifetime` seconds later than the one that is there.
             :param lifetime: seconds from now to the new `expires`, then.
         """
         return self.load(name)
@@ -527,6 +527,8 @@ class _Slot:
     """ One of the two places of a file for a record. """
 
     __slots__ = 'at', 'number', 'used', 'expires', 'offset', 'room', 'length'
+    offset: int  # in the file, where the record is
+    room: int    # bytes for it there
 
     def __init__(self, page: bytes, at: int) -> None:
         self.at = at
@@ -546,13 +548,24 @@ class _Slot:
         head = _HEAD.pack(number, used, expires, self.offset, self.room, self.length)
         return head + _CRC.pack(zlib.crc32(record, zlib.crc32(head)))
 
+    def is_sound(self) -> bool:
+        """ Tell whether the head can be true: its place is one that we would choose. """
+        if self.offset == self.at + _HEAD_SIZE:
+            return self.room == _PAGE // 2 - self.offset % (_PAGE // 2)
+        return (self.offset % _PAGE == 0 < self.offset <= 4 * _MAX_RECORD
+                and _PAGE <= self.room <= _MAX_RECORD and self.number < 2 ** 63)
+
+    def overlaps(self, other: _Slot) -> bool:
+        return (self.offset < other.offset + other.room
+                and other.offset < self.offset + self.room)
+
     def version(self, fd: int, page: bytes) -> bytes:
         """ Return the beginning of the record. """
         return page[self.offset:self.offset + _VERSION] or os.pread(fd, _VERSION, self.offset)
 
     def record(self, fd: int, page: bytes) -> bytes | None:
         """ Return the record, or None if it is not whole. """
-        if not 0 < self.length <= min(self.room, _MAX_RECORD) or self.number >= 2 ** 63:
+        if not (self.is_sound() and 0 < self.length <= self.room):
             return None
         head, end = self.at + _HEAD.size, self.offset + self.length
         record = page[self.offset:end] if end <= len(page) else os.pread(
@@ -591,7 +604,8 @@ class FileStore(Store):
             for attempt in range(20):
                 page = os.read(fd, _PAGE)
                 found = _newest(fd, page)
-                if found:
+                if found and (found[0].at == _newer_first(page)[0]
+                              or os.pread(fd, _PAGE, 0) == page):  # else two saves went by
                     return found[1]
                 if page[:len(_MAGIC)] != _MAGIC or self._try_lock(fd) and attempt:
                     break  # nobody is writing, so it is not a race with two saves
@@ -649,7 +663,7 @@ class FileStore(Store):
                 return None
             page = os.pread(fd, _PAGE, 0)
             current = _Slot(page, _newer_first(page)[0])
-            if current.version(fd, page) != version:
+            if not current.is_sound() or current.version(fd, page) != version:
                 found = _newest(fd, page)
                 if not found or found[1][:_VERSION] != version:
                     return found and found[1]
@@ -783,6 +797,8 @@ class FileStore(Store):
                     expires: float) -> None:
         """ Write the record into the slot that is not current. """
         other = _Slot(page, _HEADS[current.at == _HEADS[0]])
+        if not other.is_sound() or other.overlaps(current):
+            other = _Slot(b'', other.at)  # its head is damaged: start again in the page
         if len(record) > other.room:
             end = max(_PAGE, other.offset + other.room, current.offset + current.room)
             other.offset, other.room = end, _room_for(record)
@@ -933,10 +949,9 @@ class RedisStore(Store):
     # KEYS[1] is a hash: r = record, l = the holder's token, u = its end in server ms.
     _LOAD = """
         local record = redis.call('HGET', KEYS[1], 'r')
-        if not record or struct.unpack('<d', ARGV[1]) - struct.unpack('<d', record, 17)
-                < tonumber(ARGV[3]) then
-            return record
-        end
+        if not record or #record < 40 then return record end
+        local age = struct.unpack('<d', ARGV[1]) - struct.unpack('<d', record, 17)
+        if age < tonumber(ARGV[3]) or age * 1000 >= tonumber(ARGV[2]) then return record end
         local noted = string.sub(record, 1, 16) .. ARGV[1] .. string.sub(record, 41)
         local done = redis.pcall('HSET', KEYS[1], 'r', noted)
         if type(done) == 'table' then return {record, done.err} end  -- full, or a replica
@@ -1081,6 +1096,9 @@ class RedisStore(Store):
         except self._errors.NoScriptError:
             raise
         except (self._errors.RedisError, OSError) as error:
+            if 'WRONGTYPE' in str(error):
+                _log.warning('redis: a key is no session; it is treated as absent: %s', error)
+                return None
             _log.error('redis: %s: %s', type(error).__name__, error)
             if isinstance(error, self._errors.ReadOnlyError):  # a replica by now: look again
                 self.client.connection_pool.disconnect()
@@ -1405,7 +1423,8 @@ class _LiveVisit(_Visit):
         return self.load() if self.data is None else self.data
 
     def changed(self) -> bool:
-        return not self.id and not self.gone and bool(self.loaded())
+        data = self.loaded()
+        return not self.id and not self.gone and bool(data)
 
     def save(self) -> bool:
         if self.changed():
@@ -2326,8 +2345,8 @@ def _check_serializer(serializer: Any) -> tuple[Callable[[Any], bytes], Callable
 # Bottle tells nobody when a request begins and ends, nor what a route returned:
 # response headers set too early are lost with abort(), and `request` names the
 # last request of a thread long after its end. These two frames do tell.
-_HANDLE = bottle.Bottle._handle.__code__  # hooks and the route
-_CAST = bottle.Bottle._cast.__code__      # error handlers, a generator's first chunk
+_HANDLE = inspect.unwrap(bottle.Bottle._handle).__code__  # hooks and the route
+_CAST = inspect.unwrap(bottle.Bottle._cast).__code__  # error handlers, a first chunk
 _GENERATOR = inspect.CO_GENERATOR
 _ROUTE, _ANSWER, _SENT, _OVER = range(4)
 _EXCHANGE = 'bottle_session.exchange'
@@ -2363,8 +2382,9 @@ class _Exchange:
                                'any more. Save before the first chunk is yielded.')
 
     def news(self) -> None:
-        """ Bring what is new to a response that the hook has seen already. """
-        if self.stage == _ANSWER and not self.wrapped:
+        """ Bring what is new to the response. If the route ends with another one,
+            our hook does it again. """
+        if self.stage < _SENT and not self.wrapped and self.environ:
             # The headers may be those of an HTTPError that other requests raise, too.
             response._headers = {name: list(lines) for name, lines in response._headers.items()}
             self.put(response._headers)
@@ -2495,7 +2515,7 @@ def _after_request() -> None:
     crashed = _crashed()
     try:
         for visit in exchange.visits:
-            visit.finish(crashed)
+            visit.finish(crashed or isinstance(out, _Unavailable))
     finally:
         exchange.stage = _ANSWER
     if exchange.wrapped or not exchange.visits:
@@ -2508,9 +2528,10 @@ def _after_request() -> None:
         return
     # The route's response may be a constant that it returns to every visitor, so a
     # copy gets our headers. Bottle takes what a hook raises in place of the first.
-    answer = out.__class__.__new__(out.__class__)
+    answer = Exception.__new__(type(out), *out.args)
     answer.__dict__.update(out.__dict__)
-    answer.args = out.args
+    answer.__traceback__, answer.__context__ = out.__traceback__, out.__context__
+    answer.__cause__, answer.__suppress_context__ = out.__cause__, out.__suppress_context__
     answer._headers = {name: list(lines) for name, lines in out._headers.items()}
     exchange.put(answer._headers)
     raise answer
@@ -2551,8 +2572,8 @@ def _wrap(app: bottle.Bottle) -> None:
     def wsgi(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         body: Iterable[bytes]
         exchange = _exchange_of(environ)
-        if exchange and exchange.wrapped and exchange.stage < _SENT:
-            body = inner(environ, start_response)  # an outer app has our wrapper, too
+        if exchange and exchange.stage < _SENT:
+            body = inner(environ, start_response)  # an outer app does it
             return body
         exchange = environ[_EXCHANGE] = _Exchange(environ, _ROUTE, True)
         failure: list[HTTPError] = []
@@ -2587,7 +2608,9 @@ def _wrap(app: bottle.Bottle) -> None:
 def _unwrap(app: bottle.Bottle) -> None:
     wrapper = app.__dict__.get('wsgi')
     if hasattr(wrapper, 'bottle_session_inner'):
-        object.__setattr__(app, 'wsgi', wrapper.bottle_session_inner)
+        del app.__dict__['wsgi']
+        if app.wsgi != wrapper.bottle_session_inner:
+            object.__setattr__(app, 'wsgi', wrapper.bottle_session_inner)
 
 
 def _finish_late(exchange: _Exchange, status: str) -> None:
