@@ -127,27 +127,33 @@ def _new_id() -> str:
     return urlsafe_b64encode(os.urandom(32))[:43].decode('ascii')
 
 
-def _read_ids(header: str, name: str) -> list[str]:
-    """ Return what may be ids among the cookies of this name, in their order.
+def _cookie_values(header: str, name: str) -> Iterator[str]:
+    """ Yield the values of the cookies of this name, in their order.
 
         Bottle's own parser drops every cookie beside one it dislikes, raises on
-        some and takes quadratic time on others (CVE-2024-7592). Several cookies
-        of one name are what a neighbouring domain can plant (RFC 6265bis, 8.6):
-        trying a few of them keeps the visitor's own.
+        some and takes quadratic time on others (CVE-2024-7592).
+    """
+    if name in header and len(header) <= _MAX_HEADER:
+        for pair in header.split(';'):
+            key, _, value = pair.partition('=')
+            if key.strip() == name:
+                yield value.strip()
+
+
+def _read_ids(header: str, name: str) -> list[str]:
+    """ Return what may be ids among the cookies of this name.
+
+        Several cookies of one name are what a neighbouring domain can plant (RFC
+        6265bis, 8.6): trying a few of them keeps the visitor's own.
     """
     ids: list[str] = []
-    if name not in header or len(header) > _MAX_HEADER:
-        return ids
-    for pair in header.split(';'):
-        key, _, value = pair.partition('=')
-        if key.strip() == name:
-            value = value.strip()
-            if value[:1] == '"' == value[-1:]:
-                value = value[1:-1]
-            if _ID(value) and value not in ids:
-                ids.append(value)
-                if len(ids) == _MAX_IDS:
-                    break
+    for value in _cookie_values(header, name):
+        if value[:1] == '"' == value[-1:]:
+            value = value[1:-1]
+        if _ID(value) and value not in ids:
+            ids.append(value)
+            if len(ids) == _MAX_IDS:
+                break
     return ids
 
 
@@ -191,12 +197,9 @@ class _Cookie:
         if samesite is not None:
             self.attributes += '; SameSite=%s' % samesite.capitalize()
 
-    def line(self, environ: Mapping[str, Any], value: str, max_age: float) -> str:
+    def line(self, scheme: str | None, value: str, max_age: float) -> str:
         """ Return the value of a Set-Cookie header; `max_age` 0 deletes. """
-        secure = self.secure
-        if secure is None:  # Bottle's rule, see BaseRequest.urlparts
-            secure = 'https' == (environ.get('HTTP_X_FORWARDED_PROTO')
-                                 or environ.get('wsgi.url_scheme'))
+        secure = scheme == 'https' if self.secure is None else self.secure
         return '%s=%s; Max-Age=%d%s%s%s' % (
             self.name, value, -(-max_age // 1), self.attributes,
             '' if value else '; Expires=Thu, 01 Jan 1970 00:00:00 GMT',
@@ -616,8 +619,7 @@ class FileStore(Store):
             return None
         finally:
             os.close(fd)
-        _log.warning('%s is damaged or no session; it is treated as absent', path)
-        return None
+        return b''  # which no seal opens
 
     def create(self, name: str, record: bytes, expires: float, durable: bool = False) -> bool:
         path = self._path(name)
@@ -700,15 +702,12 @@ class FileStore(Store):
             fd = self._open_locked(path)
             if fd is None:
                 return None
-            found = _newest(fd, os.pread(fd, _PAGE, 0))
+            found = _newest(fd, os.pread(fd, _PAGE, 0)) or (None, b'')
         except OSError as error:
             raise _failed('lock', path, error) from error
         finally:
             if fd is not None and not found:
                 _unlock(fd)
-        if not found:
-            _log.warning('%s is damaged or no session; it is treated as absent', path)
-            return None
         return fd, found[1]
 
     def unlock(self, name: str, lock: int) -> None:
@@ -1273,18 +1272,21 @@ class _Visit:
     record: Any    # as the store has it
 
     def __init__(self, session: Session, environ: dict[str, Any], exchange: _Exchange) -> None:
+        # Not the environ itself: it holds the visit, and they would wait for the
+        # garbage collector together with an upload.
         self.session = session
-        self.environ = environ
         self.exchange = exchange
+        self.header: str = environ.get('HTTP_COOKIE', '')
+        self.scheme: str | None = (environ.get('HTTP_X_FORWARDED_PROTO')  # Bottle's rule
+                                   or environ.get('wsgi.url_scheme'))
         self.snapshots: list[Any] = []
 
     def ids(self) -> list[str]:
-        header = self.environ.get('HTTP_COOKIE')
-        return _read_ids(header, self.session.cookie_name) if header else []
+        return _read_ids(self.header, self.session.cookie_name)
 
     def tell(self, value: str, max_age: float) -> None:
         """ Have the browser told of an id, or with '' to forget it. """
-        self.cookie = self.session._cookie.line(self.environ, value, max_age)
+        self.cookie = self.session._cookie.line(self.scheme, value, max_age)
         self.exchange.news()
 
     def tell_id(self, now: float) -> None:
@@ -1373,7 +1375,7 @@ class _Visit:
         if self.data is None:
             self.data = {}
         self.data.clear()
-        if self.cookie or session.cookie_name in self.environ.get('HTTP_COOKIE', ''):
+        if self.cookie or any(True for _ in _cookie_values(self.header, session.cookie_name)):
             self.tell('', 0)
 
 
@@ -1427,6 +1429,8 @@ class _LiveVisit(_Visit):
         return not self.id and not self.gone and bool(data)
 
     def save(self) -> bool:
+        if self.data is None:
+            return False
         if self.changed():
             self._keep()
             return True
@@ -1445,8 +1449,8 @@ class _LiveVisit(_Visit):
         self.why = 'it was stored in this request'
         self.tell_id(now)
 
-    def finish(self, crashed: bool) -> None:
-        if self.data is not None and not crashed:
+    def finish(self, environ: Mapping[str, Any], crashed: bool) -> None:
+        if not crashed:
             self.save()
 
     def purge(self) -> None:
@@ -1760,16 +1764,15 @@ class _SealedVisit(_Visit):
         self._base(record, times, plain, before)
         return True
 
-    def finish(self, crashed: bool) -> None:
+    def finish(self, environ: Mapping[str, Any], crashed: bool) -> None:
         if self.data is None or crashed or not self.may_have_changed():
             return
-        if self.session._saves_itself(self.environ):
+        if self.session._saves_itself(environ):
             self.save()
         elif not self.saved:
-            self._warn_if_changed()
+            self._warn_if_changed(environ.get('bottle.route'))
 
-    def _warn_if_changed(self) -> None:
-        route = self.environ.get('bottle.route')
+    def _warn_if_changed(self, route: bottle.Route | None) -> None:
         rule = route.rule if route else 'A request without a route'
         if rule in self.session._warned:
             return
@@ -2177,7 +2180,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
                 requests.get(url, cookies=session.issue_cookie({'user': 'joe'}))
                 webtest.TestApp(app).set_cookie(*session.issue_cookie(...).popitem())
         """
-        visit = self._visit_type(self, {}, _Exchange({}))
+        visit = self._visit_type(self, {}, _Exchange({}, wrapped=True))
         visit.load().update(data)
         if not visit.save():
             raise ValueError('issue_cookie() needs some data: an empty session is not stored')
@@ -2193,7 +2196,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             visit = environ.get(self._key)
         except RuntimeError:
             _raise_outside()
-        if visit is None or visit.exchange.stage or visit.environ is not environ:
+        if visit is None or visit.exchange.stage or visit.exchange.place != id(environ):
             return _join(self, environ)
         return visit
 
@@ -2213,7 +2216,9 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         try:
             data = self._deserialize(plain)
         except Exception as error:  # also a class that is gone
-            raise _Unreadable('cannot be loaded (%s: %s)' % (_kind(error), error)) from error
+            # Other messages may quote data.
+            what = ': %s' % error if isinstance(error, (ImportError, AttributeError)) else ''
+            raise _Unreadable('cannot be loaded (%s%s)' % (_kind(error), what)) from error
         if type(data) is not dict:
             raise _Unreadable('holds no dict')
         return data
@@ -2365,11 +2370,11 @@ def _raise_outside() -> NoReturn:
 class _Exchange:
     """ A request and its response: who visits, and how far it is. """
 
-    __slots__ = 'environ', 'visits', 'stage', 'wrapped', 'resumed', 'generator'
+    __slots__ = 'place', 'visits', 'stage', 'wrapped', 'resumed', 'generator'
 
     def __init__(self, environ: dict[str, Any], stage: int = _ROUTE,
                  wrapped: bool = False) -> None:
-        self.environ = environ
+        self.place = id(environ)  # which a copy does not share
         self.visits: list[_LiveVisit | _SealedVisit] = []
         self.stage = stage
         self.wrapped = wrapped  # our WSGI wrapper sends the headers
@@ -2384,7 +2389,7 @@ class _Exchange:
     def news(self) -> None:
         """ Bring what is new to the response. If the route ends with another one,
             our hook does it again. """
-        if self.stage < _SENT and not self.wrapped and self.environ:
+        if self.stage < _SENT and not self.wrapped:
             # The headers may be those of an HTTPError that other requests raise, too.
             response._headers = {name: list(lines) for name, lines in response._headers.items()}
             self.put(response._headers)
@@ -2446,7 +2451,7 @@ def _join(session: Session, environ: dict[str, Any]) -> Any:
 
 def _exchange_of(environ: dict[str, Any]) -> Any:
     exchange = environ.get(_EXCHANGE)
-    return exchange if exchange and exchange.environ is environ else None  # not in a copy
+    return exchange if exchange and exchange.place == id(environ) else None
 
 
 def _running(environ: dict[str, Any]) -> tuple[dict[str, Any], int, Any]:
@@ -2515,7 +2520,7 @@ def _after_request() -> None:
     crashed = _crashed()
     try:
         for visit in exchange.visits:
-            visit.finish(crashed or isinstance(out, _Unavailable))
+            visit.finish(environ, crashed or isinstance(out, _Unavailable))
     finally:
         exchange.stage = _ANSWER
     if exchange.wrapped or not exchange.visits:
@@ -2582,7 +2587,7 @@ def _wrap(app: bottle.Bottle) -> None:
             if exchange.visits:
                 if exchange.stage < _SENT:
                     try:
-                        _finish_late(exchange, status)
+                        _finish_late(environ, exchange, status)
                     except HTTPError as error:
                         failure.append(error)
                         status, headers = error.status_line, error.headerlist
@@ -2597,7 +2602,7 @@ def _wrap(app: bottle.Bottle) -> None:
             exchange.stage = _OVER
             raise
         if failure or isinstance(body, _GENERATED):
-            return _Body(exchange, body, failure)
+            return _Body(environ, exchange, body, failure)
         exchange.stage = _OVER  # a server must get a list or a file as it is
         return body
 
@@ -2613,11 +2618,11 @@ def _unwrap(app: bottle.Bottle) -> None:
             object.__setattr__(app, 'wsgi', wrapper.bottle_session_inner)
 
 
-def _finish_late(exchange: _Exchange, status: str) -> None:
+def _finish_late(environ: dict[str, Any], exchange: _Exchange, status: str) -> None:
     """ Save what changed in an error handler, or in a generator's first part. """
     for visit in exchange.visits:
         if visit.late or not exchange.stage:
-            visit.finish(status.startswith('5'))
+            visit.finish(environ, status.startswith('5'))
 
 
 def _with_ours(exchange: _Exchange, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -2632,10 +2637,13 @@ def _with_ours(exchange: _Exchange, headers: list[tuple[str, str]]) -> list[tupl
 class _Body:
     """ A response's body under our wrapper: at its end the request is over. """
 
-    def __init__(self, exchange: _Exchange, body: Any, failure: list[HTTPError]) -> None:
-        self._exchange, self._body = exchange, body
-        self._chunks: Iterator[bytes] = iter(
-            [failure[0].body.encode('utf-8')] if failure else body)
+    def __init__(self, environ: dict[str, Any], exchange: _Exchange, body: Any,
+                 failure: list[HTTPError]) -> None:
+        self._environ, self._exchange, self._body = environ, exchange, body
+        if failure:  # the answer instead, which HEAD wants without its text
+            text = failure[0].body if environ['REQUEST_METHOD'] != 'HEAD' else ''
+            body = [text.encode('utf-8')]
+        self._chunks: Iterator[bytes] = iter(body)
         self._crashed = bool(failure)
 
     def __iter__(self) -> Iterator[bytes]:
@@ -2668,7 +2676,7 @@ class _Body:
             before = request.environ
         except RuntimeError:  # a thread of the server's own
             before = {}
-        request.environ, exchange.resumed = exchange.environ, True
+        request.environ, exchange.resumed = self._environ, True
         try:
             return step(*args)
         finally:
@@ -2676,7 +2684,7 @@ class _Body:
 
     def _save(self, visit: _LiveVisit | _SealedVisit) -> None:
         try:
-            visit.finish(self._crashed)
+            visit.finish(self._environ, self._crashed)
         except SessionError as error:  # too late to answer with it
             _log.error('a change after the first chunk was not saved: %s', error)
 
