@@ -957,7 +957,7 @@ class RedisStore(Store):
         redis.call('PEXPIRE', KEYS[1], ARGV[2])
         return noted"""
     # A command whose reply was lost is sent again: CREATE and REPLACE then find
-    # their own record; for REMOVE what is gone by then is taken for removed.
+    # their own record, and REMOVE the mark x that it leaves for a moment.
     _CREATE = """
         if redis.call('HGET', KEYS[1], 'r') == ARGV[1] then return 1 end
         if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
@@ -981,9 +981,13 @@ class RedisStore(Store):
         redis.call('PEXPIRE', KEYS[1], ARGV[3])
         return 1"""
     _REMOVE = """
+        if redis.call('HGET', KEYS[1], 'x') == ARGV[2] then return 1 end
         local record = redis.call('HGET', KEYS[1], 'r')
         if not record or string.sub(record, 1, 16) ~= ARGV[1] then return 0 end
-        return redis.call('DEL', KEYS[1])"""
+        redis.call('HDEL', KEYS[1], 'r')
+        redis.call('HSET', KEYS[1], 'x', ARGV[2])
+        redis.call('PEXPIRE', KEYS[1], 5000)
+        return 1"""
     _LOCK = _FREE + """
         local record = redis.call('HGET', KEYS[1], 'r')
         if not record then return 0 end
@@ -1043,9 +1047,16 @@ class RedisStore(Store):
         return {0: None, 1: record}.get(reply, reply)
 
     def remove(self, name: str, version: bytes | None = None) -> bool:
+        key = self._prefix + name
         if version is None:
-            return bool(self._ask(self.client.delete, self._prefix + name))
-        return bool(self._run(self._REMOVE, name, version, sent_again=1))
+            return bool(self._ask(self.client.delete, key))
+        if not self._run(self._REMOVE, name, version, os.urandom(12)):
+            return False
+        try:
+            self._ask(self.client.delete, key)
+        except StoreError as error:
+            _log.debug('the mark of a removed session ends by itself: %s', error)
+        return True
 
     def lock(self, name: str) -> tuple[bytes, bytes] | None:
         token = os.urandom(12)
@@ -1068,30 +1079,27 @@ class RedisStore(Store):
             total['bytes'] += self._ask(self.client.memory_usage, key) or 0
         return total
 
-    def _run(self, script: str, name: str, *args: Any, sent_again: Any = None) -> Any:
+    def _run(self, script: str, name: str, *args: Any) -> Any:
         """ Run a script by its hash; the server learns it again when it lost it. """
         sha = self._hashes.get(script)
         if sha is None:
             sha = self._hashes[script] = hashlib.sha1(script.encode('ascii')).hexdigest()
         key = self._prefix + name
         try:
-            return self._ask(self.client.evalsha, sha, 1, key, *args, sent_again=sent_again)
+            return self._ask(self.client.evalsha, sha, 1, key, *args)
         except self._errors.NoScriptError:
             return self._ask(self.client.eval, script, 1, key, *args)
 
-    def _ask(self, command: Callable[..., Any], *args: Any, sent_again: Any = None) -> Any:
+    def _ask(self, command: Callable[..., Any], *args: Any) -> Any:
         """ Send a command; a lost connection is tried once more, a time-out is not,
-            and after two failures the next ones fail at once for a moment.
-
-            :param sent_again: what to return when the second try finds nothing.
-        """
+            and after two failures the next ones fail at once for a moment. """
         if self._failures > 1 and time.monotonic() < self._open_again:
             raise StoreError('The session store cannot be used at the moment.')
         try:
             try:
                 reply = command(*args)
             except self._errors.ConnectionError:
-                reply = command(*args) or sent_again
+                reply = command(*args)
         except self._errors.NoScriptError:
             raise
         except (self._errors.RedisError, OSError) as error:
