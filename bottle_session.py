@@ -127,17 +127,19 @@ def _new_id() -> str:
     return urlsafe_b64encode(os.urandom(32))[:43].decode('ascii')
 
 
-def _cookie_values(header: str, name: str) -> Iterator[str]:
-    """ Yield the values of the cookies of this name, in their order.
+def _cookie_values(header: str, name: str) -> list[str]:
+    """ Return the values of the cookies of this name, in their order.
 
         Bottle's own parser drops every cookie beside one it dislikes, raises on
         some and takes quadratic time on others (CVE-2024-7592).
     """
+    values: list[str] = []
     if name in header and len(header) <= _MAX_HEADER:
         for pair in header.split(';'):
             key, _, value = pair.partition('=')
             if key.strip() == name:
-                yield value.strip()
+                values.append(value.strip())
+    return values
 
 
 def _read_ids(header: str, name: str) -> list[str]:
@@ -152,9 +154,7 @@ def _read_ids(header: str, name: str) -> list[str]:
             value = value[1:-1]
         if _ID(value) and value not in ids:
             ids.append(value)
-            if len(ids) == _MAX_IDS:
-                break
-    return ids
+    return ids[:_MAX_IDS]
 
 
 class _Cookie:
@@ -1383,7 +1383,7 @@ class _Visit:
         if self.data is None:
             self.data = {}
         self.data.clear()
-        if self.cookie or any(True for _ in _cookie_values(self.header, session.cookie_name)):
+        if self.cookie or _cookie_values(self.header, session.cookie_name):
             self.tell('', 0)
 
 
@@ -1541,7 +1541,7 @@ class _SealedVisit(_Visit):
             self.why = 'loaded'
             self.data = data
             self._base(record, times, plain, data.copy())
-            if stamp == record[_VERSION:_SEALED]:  # the store noted this use
+            if stamp and stamp == record[_VERSION:_SEALED]:  # the store noted this use
                 self.tell_id(now)
             elif session._due(times, now):
                 self._touch(now)
@@ -2209,12 +2209,14 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         return visit
 
     def _ended(self, times: _Times, now: float) -> bool:
-        return bool(now - times.used >= self._lifetime) or (
-            self._max_age is not None and bool(now - times.created >= self._max_age))
+        created, used, told = times
+        return bool(now - used >= self._lifetime or (
+            self._max_age is not None and now - created >= self._max_age))
 
     def _due(self, times: _Times, now: float) -> bool:
         """ Tell whether a use must be recorded, or times that a wrong clock left. """
-        return bool(now - times.told >= self._step or max(times) - now > 300)
+        created, used, told = times  # created <= used
+        return bool(now - told >= self._step or used - now > 300)
 
     def _expires(self, times: _Times) -> float:
         expires: float = times.used + self._lifetime
@@ -2450,7 +2452,8 @@ def _join(session: Session, environ: dict[str, Any]) -> Any:
         visit = environ[session._key] = session._visit_type(session, environ, exchange)
         visit.late = exchange.stage > _ROUTE
         exchange.visits.append(visit)
-        exchange.news()
+        if visit.late:
+            exchange.news()
         if environ.get('wsgi.multiprocess') and session.store.keeps_objects:
             _warn_of_processes(session)
     visit.late = visit.late or exchange.stage > _ROUTE
