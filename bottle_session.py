@@ -170,7 +170,7 @@ class _Cookie:
             if flag not in (True, False) and (option, flag) != ('secure', None):
                 raise ValueError('%s=%r: use True or False' % (option, flag))
         if samesite is not None and str(samesite).lower() not in ('lax', 'strict', 'none'):
-            raise ValueError("samesite=%r: use 'lax', 'strict', 'none' or None" % samesite)
+            raise ValueError("samesite=%r: use 'lax', 'strict', 'none' or None" % (samesite,))
         if not isinstance(path, str) or not re.fullmatch('/[!-:<-~]*', path):
             raise ValueError("path=%r: use a path that starts with '/', without ';', "
                              "spaces or characters beyond ASCII" % (path,))
@@ -530,6 +530,8 @@ class _Slot:
     """ One of the two places of a file for a record. """
 
     __slots__ = 'at', 'number', 'used', 'expires', 'offset', 'room', 'length'
+    used: float
+    expires: float
     offset: int  # in the file, where the record is
     room: int    # bytes for it there
 
@@ -553,10 +555,12 @@ class _Slot:
 
     def is_sound(self) -> bool:
         """ Tell whether the head can be true: its place is one that we would choose. """
+        if self.number >= 2 ** 63:
+            return False
         if self.offset == self.at + _HEAD_SIZE:
             return self.room == _PAGE // 2 - self.offset % (_PAGE // 2)
         return (self.offset % _PAGE == 0 < self.offset <= 4 * _MAX_RECORD
-                and _PAGE <= self.room <= _MAX_RECORD and self.number < 2 ** 63)
+                and _PAGE <= self.room <= _MAX_RECORD)
 
     def overlaps(self, other: _Slot) -> bool:
         return (self.offset < other.offset + other.room
@@ -800,7 +804,7 @@ class FileStore(Store):
             other = _Slot(b'', other.at)  # its head is damaged: start again in the page
         if len(record) > other.room:
             end = max(_PAGE, other.offset + other.room, current.offset + current.room)
-            other.offset, other.room = end, _room_for(record)
+            other.offset, other.room = -(-end // _PAGE) * _PAGE, _room_for(record)
         head = other.fill(current.number + 1, time.time(), expires, record)
         if other.offset == other.at + _HEAD_SIZE:
             _write(fd, head + record, other.at)
@@ -899,28 +903,31 @@ def _remove_if_expired(path: str, now: float) -> bool:
     try:
         page = os.read(fd, _PAGE)
         slot = _Slot(page, _newer_first(page)[0])
-        if slot.number and _TOMORROW > slot.used - now and slot.expires > now:
+        if slot.number and slot.used - now < _TOMORROW and slot.expires > now:
             return False
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        page = os.pread(fd, _PAGE, 0)
-        changed = os.fstat(fd).st_mtime
-        found = _newest(fd, page)
-        if found:
-            slot = found[0]
-            ended = slot.expires <= now
-            if slot.used - now > _TOMORROW:  # made while the clock was wrong: count from now
-                if changed > now:
-                    os.utime(path, (now, now))
-                ended = changed + (slot.expires - slot.used) <= now
-        else:  # not whole: the process died while it made the file
-            ended = page[:len(_MAGIC)] == _MAGIC[:len(page)] and changed + 3600 < now
+        found = _newest(fd, os.pread(fd, _PAGE, 0))
+        if found and found[0].used - now < _TOMORROW:
+            ended = found[0].expires <= now
+        else:
+            ended = _has_ended_oddly(path, page, found and found[0], os.fstat(fd).st_mtime, now)
         if ended:
             os.unlink(path)
-        return bool(ended)
-    except OSError:
+        return ended
+    except OSError:  # held by a request, or gone: the next round sees it
         return False
     finally:
         os.close(fd)
+
+
+def _has_ended_oddly(path: str, page: bytes, slot: _Slot | None, changed: float,
+                     now: float) -> bool:
+    """ Tell whether a session from a wrong clock, or one that is not whole, has ended. """
+    if slot is None:  # the process died while it made the file, or it is no file of ours
+        return page[:len(_MAGIC)] == _MAGIC[:len(page)] and changed + 3600 < now
+    if changed > now:  # count from now
+        os.utime(path, (now, now))
+    return changed + (slot.expires - slot.used) <= now
 
 
 _TOMORROW = 86400.0  # seconds; a clock this far ahead was wrong
@@ -1271,6 +1278,7 @@ class _Visit:
     gone = False     # purged, regenerated or expired since it was loaded
     saved = False    # or tried to
     late = False     # used after the route was done
+    handled = False  # a key may have been set or deleted
     exposed = False  # somebody may have changed the inside of a value
     depth = 0        # of `with` blocks
     held: tuple[str, Any] | None = None  # the name and the store's lock
@@ -1618,6 +1626,8 @@ class _SealedVisit(_Visit):
         """ Tell without serializing whether any value is another object, or one
             that can change inside and was given out. """
         data, before = self.loaded(), self.before
+        if not (self.handled or self.exposed):
+            return False
         if len(data) != len(before):
             return True
         for (key, value), (old_key, old) in zip(data.items(), before.items()):
@@ -1867,16 +1877,18 @@ def _same(one: Any, other: Any, dumps: Callable[[Any], bytes],
     """ Tell whether two values are equal, to their types: 1, 1.0 and True differ.
 
         Equal bytes mean equal values, but equal values need not give equal bytes:
-        pickle also writes which parts are one and the same object.
+        pickle also writes which parts are one and the same object. What is small is
+        looked through at once, which is faster.
     """
     kind = type(one)
     if one is other or kind is not type(other):
         return one is other
     if kind in (str, int, bool, bytes):
         return bool(one == other)
-    if kind in (dict, list, tuple, set, frozenset) and len(one) != len(other):
+    many = kind in (dict, list, tuple, set, frozenset)
+    if many and len(one) != len(other):
         return False
-    if dumps(one) == dumps(other):
+    if not (many and len(one) < 16) and dumps(one) == dumps(other):
         return True
     if kind in _PLAIN or kind in _BY_NAME:
         return False
@@ -1971,7 +1983,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         self._max_age = None if max_days is None else _seconds('max_days', max_days)
         self._step = self._lifetime / 30
         if not isinstance(lock_timeout, (int, float)) or not 0 <= lock_timeout <= 86400:
-            raise ValueError('lock_timeout=%r: use a number of seconds, 0 or more' % lock_timeout)
+            raise ValueError('lock_timeout=%r: use a number of seconds, 0 or more'
+                             % (lock_timeout,))
         #: Seconds that ``with session:`` waits for another request of the visitor.
         self.lock_timeout = lock_timeout
         #: Where the sessions are.
@@ -2006,7 +2019,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         """ The visitor's data, the same dict for the whole request. Setting it
             replaces the content. """
         visit = self._visit()
-        visit.exposed = True
+        visit.handled = visit.exposed = True
         data: dict[Any, Any] = visit.loaded()
         return data
 
@@ -2103,11 +2116,14 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def __setitem__(self, key: Any, value: Any) -> None:
         visit = self._visit()
         visit.loaded()[key] = value
+        visit.handled = True
         if type(value) not in _PLAIN:
             visit.exposed = True
 
     def __delitem__(self, key: Any) -> None:
-        del self._visit().loaded()[key]
+        visit = self._visit()
+        del visit.loaded()[key]
+        visit.handled = True
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._visit().loaded())
@@ -2190,6 +2206,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         """
         visit = self._visit_type(self, {}, _Exchange({}, wrapped=True))
         visit.load().update(data)
+        visit.handled = visit.exposed = True
         if not visit.save():
             raise ValueError('issue_cookie() needs some data: an empty session is not stored')
         assert visit.id
