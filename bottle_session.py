@@ -232,10 +232,15 @@ class _Times(namedtuple('_Times', 'created used told')):
         return _Times(min(self.created, now), now, now if tell else self.told)
 
 
+_NAMES = blake2b(digest_size=32, person=b'bsession 1 name')
+
+
 def _name_of(id: str) -> str:
     """ Return the name under which a store keeps this session: a hash, so that
         neither a listing nor a look-up's timing tells an id (CVE-2019-16782). """
-    return blake2b(id.encode('ascii'), digest_size=32, person=b'bsession 1 name').hexdigest()
+    name = _NAMES.copy()
+    name.update(id.encode('ascii'))
+    return name.hexdigest()
 
 
 class _Secrets:
@@ -249,7 +254,8 @@ class _Secrets:
                             % _kind(secret))
         if not secret:
             raise ValueError('secret is an empty list: ' + _REMEDY)
-        self.masters: dict[bytes, bytes] = {}
+        #: key id -> keyed BLAKE2b (RFC 7693), to be copied and given an id.
+        self.masters: dict[bytes, Any] = {}
         for one in secret:
             if not isinstance(one, (str, bytes)):
                 raise TypeError('secret must hold str or bytes, not %s' % _kind(one))
@@ -259,9 +265,9 @@ class _Secrets:
             if len(raw) < 16:
                 warnings.warn('secret is shorter than 16 bytes: ' + _REMEDY, UserWarning,
                               stacklevel=3)
-            master = blake2b(raw, person=b'bsession 1').digest()
-            self.masters.setdefault(
-                blake2b(key=master, digest_size=4, person=b'bsession 1 kid').digest(), master)
+            master = blake2b(digest_size=32, person=b'bsession 1 key',
+                             key=blake2b(raw, person=b'bsession 1').digest())
+            self.masters.setdefault(master.digest()[:4], master)
         self.first = next(iter(self.masters))
 
     def load_cipher(self) -> None:
@@ -321,22 +327,20 @@ class _Seal:
     def stamp(self, used: float, key_id: bytes | None = None) -> bytes:
         """ Return the proof of a use, for bytes 16 to 40 of a record. """
         raw = _TIME.pack(used)
-        return raw + self._derive(key_id or self._secrets.first, 16, b'bsession 1 use', raw)
+        proof = self._secrets.masters[key_id or self._secrets.first].copy()
+        proof.update(b'use ' + raw + self.id.encode('ascii'))
+        return raw + bytes(proof.digest()[:16])
 
     def is_old(self, record: bytes) -> bool:
         """ Tell whether the record was sealed with an older secret. """
         return record[:4] != self._secrets.first
 
-    def _derive(self, key_id: bytes, size: int, purpose: bytes, text: bytes = b'') -> bytes:
-        """ Return a key or proof of keyed BLAKE2b (RFC 7693). """
-        return blake2b(self.id.encode('ascii') + text, key=self._secrets.masters[key_id],
-                       digest_size=size, person=purpose).digest()
-
     def _cipher(self, key_id: bytes) -> Any:
         cipher = self._ciphers.get(key_id)
         if cipher is None:
-            cipher = self._ciphers[key_id] = self._secrets.cipher(
-                self._derive(key_id, 32, b'bsession 1 seal'))
+            key = self._secrets.masters[key_id].copy()
+            key.update(self.id.encode('ascii'))
+            cipher = self._ciphers[key_id] = self._secrets.cipher(key.digest())
         return cipher
 
 
@@ -1723,6 +1727,7 @@ class _SealedVisit(_Visit):
 
     def _stored(self, record: bytes, times: _Times, plain: bytes) -> None:
         self._base(record, times, plain, self.loaded().copy())
+        self.handled = False
         self.snapshots = [plain for _ in self.snapshots]
 
     def _update(self, plain: bytes) -> bool:
@@ -2003,7 +2008,6 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             self._secrets.load_cipher()
         self._touches = type(self.store).load_and_touch is not Store.load_and_touch
         self._dumps, self._deserialize = _check_serializer(serializer)
-        self._key = 'bottle_session.%s.%x' % (cookie_name, id(self))
         self._warned: set[Any] = set()
         self._apps: weakref.WeakSet[bottle.Bottle] = weakref.WeakSet()
 
@@ -2219,12 +2223,12 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         """ Return this request's visit. """
         try:
             environ = request.environ
-            visit = environ.get(self._key)
         except RuntimeError:
             _raise_outside()
-        if visit is None or visit.exchange.stage or visit.exchange.place != id(environ):
+        exchange = environ.get(_EXCHANGE)
+        if exchange is None or exchange.stage or exchange.place != id(environ):
             return _join(self, environ)
-        return visit
+        return exchange.visits.get(self) or _join(self, environ)
 
     def _ended(self, times: _Times, now: float) -> bool:
         created, used, told = times
@@ -2309,7 +2313,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def close(self) -> None:
         """ Leave the apps that do not have this plugin any more. """
         for app in list(self._apps):
-            if not any(plugin is self for plugin in app.plugins):
+            if not _is_among(app.plugins, self):
                 self._apps.discard(app)
             if not any(isinstance(plugin, Session) for plugin in app.plugins):
                 _unwrap(app)
@@ -2318,13 +2322,19 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         """ Tell whether the plugin is installed for this request's route. """
         app, route = environ.get('bottle.app'), environ.get('bottle.route')
         if route is not None:
-            if True in route.skiplist or any(
-                    skip is self or skip == self.name or skip is Session
-                    for skip in route.skiplist):
-                return False
-            if any(plugin is self for plugin in route.app.plugins + route.plugins):
+            for skip in route.skiplist:
+                if skip is True or skip is self or skip is Session or skip == self.name:
+                    return False
+            if _is_among(route.app.plugins, self) or _is_among(route.plugins, self):
                 return True
-        return app is not None and any(plugin is self for plugin in app.plugins)
+        return app is not None and _is_among(app.plugins, self)
+
+
+def _is_among(plugins: Iterable[Any], one: Session) -> bool:
+    for plugin in plugins:
+        if plugin is one:
+            return True
+    return False
 
 
 def _seconds(argument: str, days: float) -> float:
@@ -2403,7 +2413,7 @@ class _Exchange:
     def __init__(self, environ: dict[str, Any], stage: int = _ROUTE,
                  wrapped: bool = False) -> None:
         self.place = id(environ)  # which a copy does not share
-        self.visits: list[_LiveVisit | _SealedVisit] = []
+        self.visits: dict[Session, _LiveVisit | _SealedVisit] = {}
         self.stage = stage
         self.wrapped = wrapped  # our WSGI wrapper sends the headers
         self.resumed = False    # the server asks for the next chunk
@@ -2432,12 +2442,12 @@ class _Exchange:
 
     def names(self) -> tuple[str, ...]:
         """ Return how our Set-Cookie lines begin: only this request's may leave. """
-        return tuple(visit.session.cookie_name + '=' for visit in self.visits)
+        return tuple(session.cookie_name + '=' for session in self.visits)
 
     def extra(self, vary: Sequence[str], has_cache_control: bool) -> list[tuple[str, str]]:
         """ Return the headers that the visits add to a response with these. """
         extra, used = [], False
-        for visit in self.visits:
+        for visit in self.visits.values():
             used = used or visit.data is not None or visit.late
             if visit.cookie:
                 extra.append(('Set-Cookie', visit.cookie))
@@ -2458,18 +2468,18 @@ def _join(session: Session, environ: dict[str, Any]) -> Any:
     exchange = _exchange_of(environ)
     if exchange is None or not exchange.wrapped or (
             exchange.stage > _ANSWER and not exchange.resumed):
-        environ, stage, generator = _running(environ)
-        exchange = _exchange_of(environ)
+        running, stage, generator = _running(environ)
+        if running is not environ:
+            environ, exchange = running, _exchange_of(running)
         if exchange is None or stage == _ROUTE < exchange.stage and not exchange.wrapped:
             exchange = environ[_EXCHANGE] = _Exchange(environ, stage)
             _watch(environ['bottle.app'])
         exchange.stage = max(stage, exchange.stage)
         exchange.generator = exchange.generator or generator
-    visit = environ.get(session._key)
-    if visit is None or visit.exchange is not exchange:
-        visit = environ[session._key] = session._visit_type(session, environ, exchange)
+    visit = exchange.visits.get(session)
+    if visit is None:
+        visit = exchange.visits[session] = session._visit_type(session, environ, exchange)
         visit.late = exchange.stage > _ROUTE
-        exchange.visits.append(visit)
         if visit.late:
             exchange.news()
         if environ.get('wsgi.multiprocess') and session.store.keeps_objects:
@@ -2537,7 +2547,8 @@ def _after_request() -> None:
     frame: Any = sys._getframe(1)
     while frame.f_code is not _HANDLE:
         frame = frame.f_back
-    environ, out = frame.f_locals['environ'], frame.f_locals['out']
+    scope = frame.f_locals
+    environ, out = scope['environ'], scope['out']
     exchange = _exchange_of(environ)
     if exchange is None:
         if not isinstance(out, types.GeneratorType):
@@ -2548,14 +2559,14 @@ def _after_request() -> None:
     exchange.generator = getattr(out, 'gi_frame', None)
     crashed = _crashed()
     try:
-        for visit in exchange.visits:
+        for visit in exchange.visits.values():
             visit.finish(environ, crashed or isinstance(out, _Unavailable))
     finally:
         exchange.stage = _ANSWER
     if exchange.wrapped or not exchange.visits:
         return
     if crashed:
-        _tell_after_crash(frame.f_locals['self'])
+        _tell_after_crash(scope['self'])
         return
     if not isinstance(out, HTTPResponse):
         exchange.put(response._headers)
@@ -2649,18 +2660,21 @@ def _unwrap(app: bottle.Bottle) -> None:
 
 def _finish_late(environ: dict[str, Any], exchange: _Exchange, status: str) -> None:
     """ Save what changed in an error handler, or in a generator's first part. """
-    for visit in exchange.visits:
+    for visit in exchange.visits.values():
         if visit.late or not exchange.stage:
             visit.finish(environ, status.startswith('5'))
 
 
 def _with_ours(exchange: _Exchange, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    names = exchange.names()
-    headers = [(name, line) for name, line in headers
-               if not line.startswith(names) or name.lower() != 'set-cookie']
-    vary = [line for name, line in headers if name.lower() == 'vary']
-    cached = any(name.lower() == 'cache-control' for name, line in headers)
-    return headers + exchange.extra(vary, cached)
+    kept, vary, cached = [], [], False
+    for name, line in headers:
+        if name == 'Set-Cookie' and line.startswith(exchange.names()):
+            continue  # of a request that the route made itself
+        kept.append((name, line))
+        if name == 'Vary':
+            vary.append(line)
+        cached = cached or name == 'Cache-Control'
+    return kept + exchange.extra(vary, cached)
 
 
 class _Body:
@@ -2694,7 +2708,7 @@ class _Body:
                 self._resume(self._body.close)
         finally:
             if self._exchange.stage < _OVER:
-                for visit in self._exchange.visits:
+                for visit in self._exchange.visits.values():
                     self._save(visit)
             self._exchange.stage = _OVER
 
