@@ -971,23 +971,22 @@ class RedisStore(Store):
     # A command whose reply was lost is sent again: CREATE and REPLACE then find
     # their own record, and REMOVE the mark x that it leaves for a moment.
     _CREATE = """
-        if redis.call('HGET', KEYS[1], 'r') == ARGV[1] then return 1 end
-        if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
-        redis.call('HSET', KEYS[1], 'r', ARGV[1])
+        if redis.call('HSETNX', KEYS[1], 'r', ARGV[1]) == 0
+                and redis.call('HGET', KEYS[1], 'r') ~= ARGV[1] then
+            return 0
+        end
         redis.call('PEXPIRE', KEYS[1], ARGV[2])
         return 1"""
-    _FREE = """
-        local now = redis.call('TIME')
-        now = now[1] * 1000 + math.floor(now[2] / 1000)
-        local function held(token)
-            local lock = redis.call('HMGET', KEYS[1], 'l', 'u')
-            return lock[1] and lock[1] ~= token and tonumber(lock[2]) > now
-        end"""
-    _REPLACE = _FREE + """
-        local record = redis.call('HGET', KEYS[1], 'r')
-        if not record then return 0 end
+    _READ = """
+        local record, lock, till = unpack(redis.call('HMGET', KEYS[1], 'r', 'l', 'u'))
+        local function now()
+            local time = redis.call('TIME')
+            return time[1] * 1000 + math.floor(time[2] / 1000)
+        end
+        if not record then return 0 end"""
+    _REPLACE = _READ + """
         if string.sub(record, 1, 16) == string.sub(ARGV[2], 1, 16) then return 1 end
-        if held(ARGV[4]) then return 2 end
+        if lock and lock ~= ARGV[4] and tonumber(till) > now() then return 2 end
         if string.sub(record, 1, 16) ~= ARGV[1] then return record end
         redis.call('HSET', KEYS[1], 'r', ARGV[2])
         redis.call('PEXPIRE', KEYS[1], ARGV[3])
@@ -1000,11 +999,9 @@ class RedisStore(Store):
         redis.call('HSET', KEYS[1], 'x', ARGV[2])
         redis.call('PEXPIRE', KEYS[1], 5000)
         return 1"""
-    _LOCK = _FREE + """
-        local record = redis.call('HGET', KEYS[1], 'r')
-        if not record then return 0 end
-        if held(ARGV[1]) then return 2 end
-        redis.call('HSET', KEYS[1], 'l', ARGV[1], 'u', string.format('%d', now + ARGV[2]))
+    _LOCK = _READ + """
+        if lock and lock ~= ARGV[1] and tonumber(till) > now() then return 2 end
+        redis.call('HSET', KEYS[1], 'l', ARGV[1], 'u', string.format('%d', now() + ARGV[2]))
         return record"""
     _UNLOCK = """
         if redis.call('HGET', KEYS[1], 'l') ~= ARGV[1] then return 0 end
