@@ -1551,9 +1551,10 @@ class _SealedVisit(_Visit):
             self.why = 'loaded'
             self.data = data
             self._base(record, times, plain, data.copy())
-            if stamp and stamp == record[_VERSION:_SEALED]:  # the store noted this use
+            noted = stamp and stamp == record[_VERSION:_SEALED]  # this use, by the store
+            if noted and not seal.is_old(record):
                 self.tell_id(now)
-            elif session._due(times, now):
+            elif noted or session._due(times, now):
                 self._touch(now)
             return data
         self.data, self.plain, self.before = {}, b'', {}

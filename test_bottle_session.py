@@ -3682,6 +3682,16 @@ def test_rest_sessions_under_an_older_secret_open_and_move_with_the_next_save(pl
 
 
 @sealed_stores
+def test_rest_sessions_under_an_older_secret_move_also_when_only_a_use_is_recorded(place, clock):
+    old, new = 'the older secret, long enough', 'the newer secret, long enough'
+    first, both, last = place(secret=old), place(secret=[new, old]), place(secret=new)
+    cookies = store_session(Browser(first), first, user='joe').cookies
+    clock.tick(1.5 * DAY)
+    assert data_of(Browser(both, cookies), both) == {'user': 'joe'}
+    assert data_of(Browser(last, cookies), last) == {'user': 'joe'}
+
+
+@sealed_stores
 def test_rest_the_first_secret_seals(place):
     both, first, second = (place(secret=s) for s in (['a' * 20, b'b' * 20], 'a' * 20, 'b' * 20))
     visitor = store_session(Browser(both), both, user='joe')
