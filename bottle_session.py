@@ -1116,7 +1116,8 @@ class RedisStore(Store):
                 _log.warning('redis: a key is no session; it is treated as absent: %s', error)
                 return None
             _log.error('redis: %s: %s', type(error).__name__, error)
-            if isinstance(error, self._errors.ReadOnlyError):  # a replica by now: look again
+            if isinstance(error, self._errors.ReadOnlyError) or 'READONLY' in str(error):
+                # A replica by now: look again. Redis 6.2 says so in a script's error only.
                 self.client.connection_pool.disconnect()
             elif not isinstance(error, self._errors.ResponseError):
                 # A time-out has cost a second already: nobody else shall wait for one.

@@ -6245,7 +6245,7 @@ def test_redis_tls_urls_are_taken_and_strangers_refused(tmp_path, start_redis):
 def test_redis_a_cluster_works_too(start_redis, caplog):
     import redis
     server = start_redis('--cluster-enabled', 'yes')
-    server.admin.execute_command('CLUSTER', 'ADDSLOTSRANGE', 0, 16383)
+    server.admin.execute_command('CLUSTER', 'ADDSLOTS', *range(16384))
     until(lambda: server.admin.cluster('INFO')['cluster_state'] == 'ok')
     client = redis.RedisCluster('127.0.0.1', server.port)
     try:
