@@ -1118,7 +1118,8 @@ class RedisStore(Store):
             _log.error('redis: %s: %s', type(error).__name__, error)
             if isinstance(error, self._errors.ReadOnlyError) or 'READONLY' in str(error):
                 # A replica by now: look again. Redis 6.2 says so in a script's error only.
-                self.client.connection_pool.disconnect()
+                if hasattr(self.client, 'connection_pool'):  # a cluster's client looks itself
+                    self.client.connection_pool.disconnect()
             elif not isinstance(error, self._errors.ResponseError):
                 # A time-out has cost a second already: nobody else shall wait for one.
                 self._failures += 2 if isinstance(error, self._errors.TimeoutError) else 1
