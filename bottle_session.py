@@ -956,6 +956,9 @@ class RedisStore(Store):
 
     _LEASE = 30000  # milliseconds until a lock ends without its holder
     _PAUSE = 1.0    # seconds of failing at once after two failures in a row
+    # What fails later than that timed out, whatever redis-py calls it: it is not
+    # tried again, and counts as two, so that nobody else waits for a time-out.
+    _SLOW = 0.3     # seconds
 
     # KEYS[1] is a hash: r = record, l = the holder's token, u = its end in server ms.
     _LOAD = """
@@ -1102,12 +1105,15 @@ class RedisStore(Store):
     def _ask(self, command: Callable[..., Any], *args: Any) -> Any:
         """ Send a command; a lost connection is tried once more, a time-out is not,
             and after two failures the next ones fail at once for a moment. """
-        if self._failures > 1 and time.monotonic() < self._open_again:
+        start = time.monotonic()
+        if self._failures > 1 and start < self._open_again:
             raise StoreError('The session store cannot be used at the moment.')
         try:
             try:
                 reply = command(*args)
             except self._errors.ConnectionError:
+                if time.monotonic() - start > self._SLOW:
+                    raise
                 reply = command(*args)
         except self._errors.NoScriptError:
             raise
@@ -1121,9 +1127,9 @@ class RedisStore(Store):
                 if hasattr(self.client, 'connection_pool'):  # a cluster's client looks itself
                     self.client.connection_pool.disconnect()
             elif not isinstance(error, self._errors.ResponseError):
-                # A time-out has cost a second already: nobody else shall wait for one.
-                self._failures += 2 if isinstance(error, self._errors.TimeoutError) else 1
-                self._open_again = time.monotonic() + self._PAUSE
+                now = time.monotonic()
+                self._failures += 2 if now - start > self._SLOW else 1
+                self._open_again = now + self._PAUSE
             raise StoreError('The session store cannot be used at the moment.') from error
         self._failures = 0
         if not self._policy_checked:
