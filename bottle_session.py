@@ -227,8 +227,8 @@ class _Times(namedtuple('_Times', 'created used told')):
 
     __slots__ = ()
 
-    def now(self, now: float, tell: bool = True) -> _Times:
-        """ Return the times of a use, which also mends what a wrong clock left. """
+    def used_at(self, now: float, tell: bool = True) -> _Times:
+        """ Return the times with this use; it also mends what a wrong clock left. """
         return _Times(min(self.created, now), now, now if tell else self.told)
 
 
@@ -371,7 +371,7 @@ class Store:
     keeps_objects = False
 
     def load(self, name: str) -> bytes | None:
-        """ Return the record, or None. """
+        """ Return the record, or None; b'' for one that is damaged. """
         raise NotImplementedError
 
     def load_and_touch(self, name: str, stamp: bytes, lifetime: float, due: float) -> bytes | None:
@@ -1380,6 +1380,29 @@ class _Visit:
             if not self.depth:
                 self.let_go()
 
+    def regenerate(self) -> None:
+        self.loaded()
+        self.exchange.must_be_open()
+        if not self.id:
+            self.save()  # its id is new
+            return
+        try:
+            if self.held or self.catch_up():
+                self.move()
+            else:
+                self.lose()
+        finally:
+            if not self.depth or self.held and self.held[0] != self.name:
+                self.let_go()
+
+    def catch_up(self) -> bool:
+        """ Take the session's lock and the newest data; tell whether it still exists. """
+        raise NotImplementedError
+
+    def move(self) -> None:
+        """ Store the session under a new id and remove the old one. """
+        raise NotImplementedError
+
     def restore(self, snapshot: Any) -> None:
         raise NotImplementedError
 
@@ -1435,7 +1458,7 @@ class _LiveVisit(_Visit):
             self.id, self.record, self.times = id, live, live.times
             self.why = 'loaded'
             if session._due(live.times, now):
-                self.times = live.times = live.times.now(now)
+                self.times = live.times = live.times.used_at(now)
                 session.store.replace(self.name, b'', live, session._expires(live.times))
                 self.tell_id(now)
             data: dict[Any, Any] = live.data
@@ -1467,7 +1490,7 @@ class _LiveVisit(_Visit):
     def _keep(self, created: float | None = None) -> None:
         self.exchange.must_be_open()
         id, data, now = _new_id(), self.loaded(), self.session.clock()
-        times = _Times(now if created is None else created, now, now).now(now)
+        times = _Times(now if created is None else created, now, now).used_at(now)
         live: Any = _Live(dict(data) if self.apart else data, times)
         name = _name_of(id)
         self.session.store.create(name, live, self.session._expires(times))
@@ -1486,23 +1509,14 @@ class _LiveVisit(_Visit):
         self.forget()
         self.snapshots = [{} for _ in self.snapshots]
 
-    def regenerate(self) -> None:
-        self.loaded()
-        self.exchange.must_be_open()
-        if not self.id:
-            self.save()
-            return
-        try:
-            if self.held or self.hold(self.name):
-                old, self.apart = self.record, True
-                self.session.store.remove(self.name)
-                self._keep(self.times.created)
-                old.ended = True
-            else:
-                self.lose()
-        finally:
-            if not self.depth or self.held and self.held[0] != self.name:
-                self.let_go()
+    def catch_up(self) -> bool:
+        return self.hold(self.name) is not None
+
+    def move(self) -> None:
+        old, self.apart = self.record, True
+        self.session.store.remove(self.name)
+        self._keep(self.times.created)
+        old.ended = True
 
     def lock(self, name: str) -> tuple[None, Any] | None:
         live: Any = self.session.store.load(name)
@@ -1512,7 +1526,7 @@ class _LiveVisit(_Visit):
 
     def enter(self) -> None:
         data = self.loaded()
-        if not self.depth and self.id and self.hold(self.name) is None:
+        if not self.depth and self.id and not self.catch_up():
             self.lose()
             self.data = data = {}
         self.snapshots.append(dict(data))
@@ -1600,7 +1614,7 @@ class _SealedVisit(_Visit):
         """ Record this use; what prevents it is logged, the request goes on. """
         if self.exchange.stage >= _SENT:
             return
-        session, times = self.session, self.times.now(now)
+        session, times = self.session, self.times.used_at(now)
         record = self.seal.seal(times, self.plain)
         try:
             stored = session.store.replace(self.name, self.record[:_VERSION], record,
@@ -1720,7 +1734,7 @@ class _SealedVisit(_Visit):
         """ Store the data under a new id and return what `_become` takes. """
         self.exchange.must_be_open()
         session, now = self.session, self.session.clock()
-        seal, times = _Seal(session._secrets, _new_id()), _Times(created, now, now).now(now)
+        seal, times = _Seal(session._secrets, _new_id()), _Times(created, now, now).used_at(now)
         record = seal.seal(times, plain)
         if not session.store.create(seal.name, record, session._expires(times), durable):
             raise StoreError('The session store has this new session already.')
@@ -1744,7 +1758,7 @@ class _SealedVisit(_Visit):
             return self.lose()
         while True:
             tell = session._due(self.times, now) and self.exchange.stage < _SENT
-            times = self.times.now(now, tell)
+            times = self.times.used_at(now, tell)
             record = self.seal.seal(times, plain)
             version, expires = self.record[:_VERSION], session._expires(times)
             stored = session._in_turn(self.name, lambda: store.replace(
@@ -1820,23 +1834,10 @@ class _SealedVisit(_Visit):
         self.plain, self.before = b'', {}
         self.snapshots = [b'' for _ in self.snapshots]
 
-    def regenerate(self) -> None:
-        self.loaded()
-        self.exchange.must_be_open()
-        if not self.id:
-            self.save()  # its id is new
-            return
-        try:
-            if self.held or self._absorb(self.hold(self.name)):
-                self._move()
-            else:
-                self.lose()
-        finally:
-            if not self.depth or self.held and self.held[0] != self.name:
-                self.let_go()
+    def catch_up(self) -> bool:
+        return self._absorb(self.hold(self.name))
 
-    def _move(self) -> None:
-        """ Store the session under a new id and remove the old one. """
+    def move(self) -> None:
         store, plain = self.session.store, self._checked_dumps()
         new = self._create(self.times.created, plain, durable=True)
         try:
@@ -1871,7 +1872,7 @@ class _SealedVisit(_Visit):
     def _begin(self) -> None:
         if self.data is None:
             self._find(self._fetch_locked)
-        elif self.id and not self._absorb(self.hold(self.name)):
+        elif self.id and not self.catch_up():
             self.lose()
             self.data.clear()
             self.plain, self.before = b'', {}
