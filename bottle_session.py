@@ -526,7 +526,7 @@ _OPEN_TO_READ = os.O_RDONLY | getattr(os, 'O_CLOEXEC', 0) | getattr(os, 'O_NOFOL
     | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_NOCTTY', 0)
 _OPEN_TO_WRITE = _OPEN_TO_READ | os.O_RDWR
 #: What opening or reading something that is no plain file says.
-_NO_FILE = {errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENOTDIR, errno.ENODEV, errno.EAGAIN}
+_NO_FILE = {errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EAGAIN}
 
 
 class _Slot:
