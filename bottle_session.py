@@ -95,8 +95,17 @@ class StoreError(_Unavailable):
         ``__cause__`` and in the log, not in the answer to the visitor. """
 
 
+# What visitors get to read: nothing of paths, servers or other visitors.
+_BUSY = 'Another request is using this session.'
+_OUT_OF_ORDER = 'The session store cannot be used at the moment.'
+
+
 class _Unreadable(Exception):
     """ Why a stored record is treated as absent. """
+
+
+class _Expired(_Unreadable):
+    """ The one reason that is no trouble. """
 
 
 class _Log:
@@ -459,7 +468,7 @@ class MemoryStore(Store):
             stored = self._records[name][0]
             if stored is not record:  # a live object is only given a new `expires`
                 if self._locks.get(name, lock) is not lock:
-                    raise SessionBusy('Another request is using this session.')
+                    raise SessionBusy(_BUSY)
                 if stored[:_VERSION] != version:
                     return stored
             self._records[name] = record, expires
@@ -479,7 +488,7 @@ class MemoryStore(Store):
             if name not in self._records:
                 return None
             if name in self._locks:
-                raise SessionBusy('Another request is using this session.')
+                raise SessionBusy(_BUSY)
             lock = self._locks[name] = object()
             return lock, self._records[name][0]
 
@@ -672,7 +681,7 @@ class FileStore(Store):
             if fd is None or lock is not None and os.fstat(fd).st_nlink == 0:
                 return None
             page = os.pread(fd, _PAGE, 0)
-            current = _Slot(page, _newer_first(page)[0])
+            current = _newer(page)
             if current.number >= 2 ** 63 or current.version(fd, page) != version:
                 found = _newest(fd, page)
                 if not found or found[1][:_VERSION] != version:
@@ -731,7 +740,7 @@ class FileStore(Store):
                 fd = os.open(path, _OPEN_TO_READ)
                 try:
                     page = os.read(fd, _PAGE)
-                    slot = _Slot(page, _newer_first(page)[0])
+                    slot = _newer(page)
                     size = os.fstat(fd).st_blocks * 512
                 finally:
                     os.close(fd)
@@ -792,7 +801,7 @@ class FileStore(Store):
             state = os.fstat(fd)
         except BlockingIOError:
             os.close(fd)
-            raise SessionBusy('Another request is using this session.') from None
+            raise SessionBusy(_BUSY) from None
         except BaseException:
             os.close(fd)
             raise
@@ -860,10 +869,15 @@ class FileStore(Store):
 
 
 def _newer_first(page: bytes) -> tuple[int, int]:
-    """ Return the places of a file's slot heads. """
+    """ Return the places of a file's slot heads, the newer one's first. """
     one, two = _HEADS
     is_two = page[two + 7:two - 1:-1] > page[one + 7:one - 1:-1]  # little-endian numbers
     return (two, one) if is_two else (one, two)
+
+
+def _newer(page: bytes) -> _Slot:
+    """ Return the newer slot as its head has it, whole or not. """
+    return _Slot(page, _newer_first(page)[0])
 
 
 def _newest(fd: int, page: bytes) -> tuple[_Slot, bytes] | None:
@@ -907,7 +921,7 @@ def _remove_if_expired(path: str, now: float) -> bool:
         return False  # somebody else's, or gone already
     try:
         page = os.read(fd, _PAGE)
-        slot = _Slot(page, _newer_first(page)[0])
+        slot = _newer(page)
         if slot.number and slot.used - now < _TOMORROW and slot.expires > now:
             return False
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -940,7 +954,7 @@ _TOMORROW = 86400.0  # seconds; a clock this far ahead was wrong
 
 def _failed(verb: str, path: str, error: OSError) -> StoreError:
     _log.error('cannot %s %s: %s', verb, path, error.strerror)
-    return StoreError('The session store cannot be used at the moment.')
+    return StoreError(_OUT_OF_ORDER)
 
 
 class RedisStore(Store):
@@ -1055,7 +1069,7 @@ class RedisStore(Store):
         reply = self._run(self._REPLACE, name, version, record, _ms(expires - time.time()),
                           lock or b'')
         if reply == 2:
-            raise SessionBusy('Another request is using this session.')
+            raise SessionBusy(_BUSY)
         return {0: None, 1: record}.get(reply, reply)
 
     def remove(self, name: str, version: bytes | None = None) -> bool:
@@ -1074,7 +1088,7 @@ class RedisStore(Store):
         token = os.urandom(12)
         reply = self._run(self._LOCK, name, token, self._LEASE)
         if reply == 2:
-            raise SessionBusy('Another request is using this session.')
+            raise SessionBusy(_BUSY)
         return (token, reply) if reply else None
 
     def unlock(self, name: str, lock: bytes) -> None:
@@ -1107,7 +1121,7 @@ class RedisStore(Store):
             and after two failures the next ones fail at once for a moment. """
         start = time.monotonic()
         if self._failures > 1 and start < self._open_again:
-            raise StoreError('The session store cannot be used at the moment.')
+            raise StoreError(_OUT_OF_ORDER)
         try:
             try:
                 reply = command(*args)
@@ -1130,7 +1144,7 @@ class RedisStore(Store):
                 now = time.monotonic()
                 self._failures += 2 if now - start > self._SLOW else 1
                 self._open_again = now + self._PAUSE
-            raise StoreError('The session store cannot be used at the moment.') from error
+            raise StoreError(_OUT_OF_ORDER) from error
         self._failures = 0
         if not self._policy_checked:
             self._check_policy()
@@ -1338,7 +1352,7 @@ class _Visit:
         session = self.session
         start = time.monotonic()
         if not _turns.take(name, session.lock_timeout):
-            raise SessionBusy('Another request is using this session.')
+            raise SessionBusy(_BUSY)
         got = None
         try:
             got = session._patiently(lambda: self.lock(name), start)
@@ -1598,12 +1612,12 @@ class _SealedVisit(_Visit):
         """ Return (times, plain, data), or raise _Unreadable. """
         times, plain = seal.open(record)
         if self.session._ended(times, now):
-            raise _Unreadable('has expired')
+            raise _Expired('has expired')
         return times, plain, self.session._loads(plain)
 
     def _report(self, name: str, error: _Unreadable) -> None:
         self.why = 'the stored session ' + str(error)
-        level = _log.debug if str(error) == 'has expired' else _log.warning
+        level = _log.debug if isinstance(error, _Expired) else _log.warning
         level('session %s %s; it is treated as absent', _public(name), error)
 
     def _base(self, record: bytes, times: _Times, plain: bytes, data: dict[Any, Any]) -> None:
