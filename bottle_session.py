@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """ Sessions for Bottle that are safe with threads, processes and machines.
 
-One object at module level serves every visitor; the data of a visitor is
-sealed with AES-256-GCM before it leaves the process::
+One object at module level serves every visitor; what is stored outside of the
+process is sealed with AES-256-GCM::
 
     import bottle, bottle_session
 
@@ -17,40 +17,41 @@ sealed with AES-256-GCM before it leaves the process::
 
     app.run()
 
-``session.connect()`` and ``session.save()`` do the same without a lock, and
-``app.install(session)`` saves by itself. See README.rst for the rest.
+``session.save()`` does the same without a lock, and after ``app.install(session)``
+each route saves by itself. See README.rst for the rest.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copyreg
 import errno
 import hashlib
-import hmac
 import inspect
+import io
 import itertools
+import json
+import math
 import os
 import pickle
+import random
 import re
 import stat
 import struct
 import sys
 import threading
 import time
-import types
+import traceback
 import warnings
-import weakref
 import zlib
 from base64 import urlsafe_b64encode
 from collections import OrderedDict, namedtuple
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from datetime import date, datetime, timedelta
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import suppress
+from contextvars import ContextVar
+from datetime import date, datetime, timedelta, timezone
 from hashlib import blake2b
-from random import uniform
 
 import bottle
-from bottle import HTTPError, HTTPResponse, request, response
+from bottle import HTTPError, HTTPResponse
 
 try:
     import fcntl
@@ -59,7 +60,7 @@ except ImportError:  # Windows
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, NoReturn, TextIO, Union
+    from typing import Any, NoReturn, Union
 
     Secret = Union[str, bytes]
     Progress = Union[Callable[[float], object], None]
@@ -67,6 +68,11 @@ if TYPE_CHECKING:
 __all__ = ['FileStore', 'MemoryStore', 'RedisStore', 'Session', 'SessionBusy',
            'SessionError', 'Store', 'StoreError', 'check_store']
 __version__ = '1.0.0'
+
+if [int(part) for part in re.findall(r'\d+', bottle.__version__)[:2]] < [0, 13]:
+    raise ImportError('bottle_session needs Bottle 0.13 or newer, and found %s in %s: '
+                      'pip install --upgrade bottle, or remove that file'
+                      % (bottle.__version__, bottle.__file__))
 
 ###############################################################################
 # Errors ######################################################################
@@ -87,25 +93,25 @@ class _Unavailable(SessionError, HTTPError):  # type: ignore[misc]
 
 class SessionBusy(_Unavailable):
     """ Another request holds this visitor's session in a ``with session:``
-        block, for longer than `lock_timeout`. """
+        block, for longer than `lock_timeout`. A store raises it at once. """
+
+    def __init__(self, message: str = 'Another request is using this session.') -> None:
+        super().__init__(message)
 
 
 class StoreError(_Unavailable):
     """ The store cannot be reached, read or written. The cause is in
         ``__cause__`` and in the log, not in the answer to the visitor. """
 
+    #: Set where nobody can know whether it was done: the server fell silent.
+    maybe_done = False
 
-# What visitors get to read: nothing of paths, servers or other visitors.
-_BUSY = 'Another request is using this session.'
-_OUT_OF_ORDER = 'The session store cannot be used at the moment.'
+    def __init__(self, message: str = 'The session store cannot be used at the moment.') -> None:
+        super().__init__(message)
 
 
 class _Unreadable(Exception):
     """ Why a stored record is treated as absent. """
-
-
-class _Expired(_Unreadable):
-    """ The one reason that is no trouble. """
 
 
 class _Log:
@@ -115,11 +121,15 @@ class _Log:
     def __getattr__(self, level: str) -> Callable[..., None]:
         import logging
         method: Callable[..., None] = getattr(logging.getLogger('bottle_session'), level)
-        setattr(self, level, method)
         return method
 
 
 _log: Any = _Log()
+
+
+def _kind(value: Any) -> str:
+    return type(value).__name__
+
 
 ###############################################################################
 # Cookie ######################################################################
@@ -142,7 +152,7 @@ def _cookie_values(header: str, name: str) -> list[str]:
         Bottle's own parser drops every cookie beside one it dislikes, raises on
         some and takes quadratic time on others (CVE-2024-7592).
     """
-    values: list[str] = []
+    values = []
     if name in header and len(header) <= _MAX_HEADER:
         for pair in header.split(';'):
             key, _, value = pair.partition('=')
@@ -169,24 +179,14 @@ def _read_ids(header: str, name: str) -> list[str]:
 class _Cookie:
     """ The name and the attributes of our cookie, checked and ready to send. """
 
-    def __init__(self, name: str, secure: bool | None, httponly: bool,
-                 samesite: str | None, path: str, domain: str | None) -> None:
-        if not isinstance(name, str):
-            raise TypeError('cookie_name must be a str, not %s' % _kind(name))
-        if not _TOKEN(name):
-            raise ValueError('cookie_name=%r: use letters, digits, "-" and "_"' % name)
-        for option, flag in ('secure', secure), ('httponly', httponly):
-            if flag not in (True, False) and (option, flag) != ('secure', None):
+    def __init__(self, name: str, secure: bool | None, httponly: bool, samesite: str | None,
+                 path: str, domain: str | None, partitioned: bool) -> None:
+        _check_cookie(name, samesite, path, domain)
+        for option, flag in (('secure', secure), ('httponly', httponly),
+                             ('partitioned', partitioned)):
+            if flag is not True and flag is not False and (option, flag) != ('secure', None):
                 raise ValueError('%s=%r: use True or False' % (option, flag))
-        if samesite is not None and str(samesite).lower() not in ('lax', 'strict', 'none'):
-            raise ValueError("samesite=%r: use 'lax', 'strict', 'none' or None" % (samesite,))
-        if not isinstance(path, str) or not re.fullmatch('/[!-:<-~]*', path):
-            raise ValueError("path=%r: use a path that starts with '/', without ';', "
-                             "spaces or characters beyond ASCII" % (path,))
-        if domain is not None and not (
-                isinstance(domain, str) and re.fullmatch(r'[A-Za-z0-9.-]+', domain)):
-            raise ValueError("domain=%r: use a host name in ASCII ('xn--...' for others), "
-                             "or None for the host that sent the cookie" % (domain,))
+        samesite = samesite.lower() if samesite else ''
         prefix = name.lower()
         if prefix.startswith(('__host-', '__secure-')) and not secure:
             raise ValueError('cookie_name=%r: browsers take this prefix only with '
@@ -194,166 +194,354 @@ class _Cookie:
         if prefix.startswith('__host-') and (path != '/' or domain):
             raise ValueError("cookie_name=%r: browsers take this prefix only with path='/' "
                              "and without domain" % name)
-        if samesite is not None and samesite.lower() == 'none' and not secure:
+        if samesite == 'none' and not secure:
             raise ValueError("samesite='none': browsers take this only with secure=True")
-        self.name = name
-        self.secure = secure
-        self.attributes = '; Path=%s' % path
-        if domain:
-            self.attributes += '; Domain=%s' % domain
-        if httponly:
-            self.attributes += '; HttpOnly'
-        if samesite is not None:
-            self.attributes += '; SameSite=%s' % samesite.capitalize()
+        if partitioned and samesite != 'none':
+            raise ValueError("partitioned=True: browsers send such a cookie only with "
+                             "secure=True and samesite='none'")
+        self.name, self.secure, self.path, self.domain = name, secure, path, domain
+        self.attributes = '; Path=%s%s%s%s%s' % (
+            path, '; Domain=' + domain if domain else '', '; HttpOnly' if httponly else '',
+            '; SameSite=' + samesite.capitalize() if samesite else '',
+            '; Partitioned' if partitioned else '')
 
-    def line(self, scheme: str | None, value: str, max_age: float) -> str:
-        """ Return the value of a Set-Cookie header; `max_age` 0 deletes. """
-        secure = scheme == 'https' if self.secure is None else self.secure
-        return '%s=%s; Max-Age=%d%s%s%s' % (
-            self.name, value, -(-max_age // 1), self.attributes,
-            '' if value else '; Expires=Thu, 01 Jan 1970 00:00:00 GMT',
+    def line(self, https: bool, value: str, max_age: float | None) -> str:
+        """ Return the value of a Set-Cookie header.
+
+            :param max_age: seconds; 0 deletes, None: until the browser closes.
+        """
+        secure = https if self.secure is None else self.secure
+        return '%s=%s%s%s%s%s' % (
+            self.name, value, '' if max_age is None else '; Max-Age=%d' % math.ceil(max_age),
+            self.attributes, '' if value else '; Expires=Thu, 01 Jan 1970 00:00:00 GMT',
             '; Secure' if secure else '')
+
+    def why_not_sent(self, environ: Mapping[str, Any]) -> str:
+        """ Return why the browser cannot send this cookie with such a request, or ''. """
+        path = environ.get('SCRIPT_NAME', '') + environ.get('PATH_INFO', '')
+        host = environ.get('HTTP_HOST', environ.get('SERVER_NAME', '')).split(':')[0].lower()
+        domain = (self.domain or '').lower().lstrip('.')
+        if self.secure and not _is_https(environ):
+            return 'it is Secure, and this page came by http'
+        if not (path + '/').startswith(self.path.rstrip('/') + '/'):
+            return 'it is for the path %s, and this page is at %s' % (self.path, path)
+        if domain and not ('.' + host).endswith('.' + domain):
+            return 'it is for the domain %s, and this page is at %s' % (domain, host)
+        return ''
+
+
+def _check_cookie(name: str, samesite: str | None, path: str, domain: str | None) -> None:
+    if not isinstance(name, str):
+        raise TypeError('cookie_name must be a str, not %s' % _kind(name))
+    if not _TOKEN(name):
+        raise ValueError('cookie_name=%r: use letters, digits, "-" and "_"' % name)
+    if samesite is not None and str(samesite).lower() not in ('lax', 'strict', 'none'):
+        raise ValueError("samesite=%r: use 'lax', 'strict', 'none' or None" % (samesite,))
+    if not isinstance(path, str) or not re.fullmatch('/[!-:<-~]*', path):
+        raise ValueError("path=%r: use a path that starts with '/', without ';', "
+                         "spaces or characters beyond ASCII" % (path,))
+    if domain is not None and not (
+            isinstance(domain, str) and re.fullmatch(r'[A-Za-z0-9.-]+', domain)):
+        raise ValueError("domain=%r: use a host name in ASCII ('xn--...' for others), "
+                         "or None for the host that sent the cookie" % (domain,))
+
+
+def _is_https(environ: Mapping[str, Any]) -> bool:
+    """ Tell whether the visitor came by https, by the rule of `bottle.request.urlparts`. """
+    return (environ.get('HTTP_X_FORWARDED_PROTO')
+            or environ.get('wsgi.url_scheme')) == 'https'
 
 
 ###############################################################################
 # Seal ########################################################################
 ###############################################################################
 
-# record = version (16: key id 4, nonce 12) | stamp (24: told 8, proof 16)
-#        | AES-256-GCM(created 8 | used 8 | told 8 | payload)
-# A stamp without proof repeats what is sealed; with one it is a later use that a
-# store noted without opening the seal.
-_VERSION, _STAMP = 16, 24
-_SEALED = _VERSION + _STAMP
-_NO_PROOF = bytes(16)
-_TIMES = struct.Struct('<ddd')
-_TIME = struct.Struct('<d')
+# record = kind (1 byte) | nonce (12) | AES-256-GCM(head | payload), which also
+# vouches for the kind. With a key for each session random nonces are far from
+# their limit (SP 800-38D). Nothing in it is the same in two records of one
+# secret, so it confirms no guess of a secret without the cookie's id.
+_SESSION, _MOVED, _LOGINS = b's', b'm', b'l'
+_VERSION = 16  # bytes at the beginning of a record that no two records share
+_HEAD = struct.Struct('<dddbI')
+_REMEDY = 'run "python -m bottle_session secret" to get a good one, and keep it out of the code'
+
+#: What is sealed beside the data. `created` and `used` in seconds since the epoch,
+#: `days` 0 and `permanent` -1 for what the constructor says, `owner` None or a str.
+_Head = namedtuple('_Head', 'created used days permanent owner')
+_NO_HEAD = _Head(0.0, 0.0, 0.0, -1, None)
 
 
-class _Times(namedtuple('_Times', 'created used told')):
-    """ When a session was created, last used, and last told to the browser, in
-        seconds since the epoch. """
+def _check_secrets(secret: Secret | Iterable[Secret]) -> list[bytes]:
+    if isinstance(secret, (str, bytes)):
+        secret = [secret]
+    elif not isinstance(secret, (list, tuple)):
+        raise TypeError('secret must be a str, bytes or a list of them, not %s: %s'
+                        % (_kind(secret), _REMEDY))
+    if not secret:
+        raise ValueError('secret is an empty list: ' + _REMEDY)
+    secrets = []
+    for one in secret:
+        if not isinstance(one, (str, bytes)):
+            raise TypeError('secret must hold str or bytes, not %s: %s' % (_kind(one), _REMEDY))
+        raw = one.encode('utf-8', 'surrogatepass') if isinstance(one, str) else one
+        if not raw:
+            raise ValueError('secret is empty: ' + _REMEDY)
+        if len(raw) < 16:
+            warnings.warn('secret is shorter than 16 bytes: ' + _REMEDY, UserWarning, 4)
+        secrets.append(raw)
+    return secrets
 
-    __slots__ = ()
 
-    def used_at(self, now: float, tell: bool = True) -> _Times:
-        """ Return the times with this use; it also mends what a wrong clock left. """
-        return _Times(min(self.created, now), now, now if tell else self.told)
+class _Seal:
+    """ Makes records of data and opens them: the only place that knows the cipher.
 
+        What is stored needs the secret and the visitor's cookie together: the
+        key of a session is made of both, and its stored name is a hash of the
+        cookie's id, so that neither a listing nor a look-up's timing tells it
+        (CVE-2019-16782). The cookie's name is in both.
+    """
 
-_NAMES = blake2b(digest_size=32, person=b'bsession 1 name')
+    #: Whether the values themselves are stored, instead of bytes made of them.
+    keeps_values = False
 
-
-def _name_of(id: str) -> str:
-    """ Return the name under which a store keeps this session: a hash, so that
-        neither a listing nor a look-up's timing tells an id (CVE-2019-16782). """
-    name = _NAMES.copy()
-    name.update(id.encode('ascii'))
-    return name.hexdigest()
-
-
-class _Secrets:
-    """ The secrets, checked, as master keys: the first seals, all of them open. """
-
-    def __init__(self, secret: Secret | Iterable[Secret]) -> None:
-        if isinstance(secret, (str, bytes)):
-            secret = [secret]
-        elif not isinstance(secret, (list, tuple)):
-            raise TypeError('secret must be a str, bytes or a list of them, not %s'
-                            % _kind(secret))
-        if not secret:
-            raise ValueError('secret is an empty list: ' + _REMEDY)
-        #: key id -> keyed BLAKE2b (RFC 7693), to be copied and given an id.
-        self.masters: dict[bytes, Any] = {}
-        for one in secret:
-            if not isinstance(one, (str, bytes)):
-                raise TypeError('secret must hold str or bytes, not %s' % _kind(one))
-            raw = one.encode('utf-8', 'surrogatepass') if isinstance(one, str) else one
-            if not raw:
-                raise ValueError('secret is empty: ' + _REMEDY)
-            if len(raw) < 16:
-                warnings.warn('secret is shorter than 16 bytes: ' + _REMEDY, UserWarning,
-                              stacklevel=3)
-            master = blake2b(digest_size=32, person=b'bsession 1 key',
-                             key=blake2b(raw, person=b'bsession 1').digest())
-            self.masters.setdefault(master.digest()[:4], master)
-        self.first = next(iter(self.masters))
-
-    def load_cipher(self) -> None:
-        """ Import the cipher; stores that keep bytes need it. """
+    def __init__(self, secrets: list[bytes], cookie_name: str, serializer: Any) -> None:
         try:
             from cryptography.exceptions import InvalidTag
             from cryptography.hazmat.primitives.ciphers.aead import AESGCM
         except ImportError as error:
             raise ImportError("file and redis mode seal the data with the package "
                               "'cryptography': pip install cryptography") from error
-        self.cipher, self.forged = AESGCM, InvalidTag
+        self._cipher, self._forged = AESGCM, InvalidTag
+        self._prepare(secrets, cookie_name)
+        self._pickles = serializer is pickle
+        self._dumps, self._loads = _check_serializer(serializer)
 
+    def _prepare(self, secrets: list[bytes], cookie_name: str) -> None:
+        label = cookie_name.encode('ascii') + b'\0'
+        self._names = blake2b(label, digest_size=32, person=b'bsession 1 name')
+        self._masters = [blake2b(raw, digest_size=32, person=b'bsession 1').digest()
+                         for raw in dict.fromkeys(secrets)]
+        self._keys = [blake2b(label, digest_size=32, person=b'bsession 1 key', key=master)
+                      for master in self._masters]
+        self._owners = [blake2b(label, digest_size=64, person=b'bsession 1 owner', key=master)
+                        for master in self._masters]
 
-class _Seal:
-    """ Seals and opens the records of one session, with keys made of a secret
-        and the session's id.
+    def name(self, id: str) -> str:
+        """ Return the name under which a store keeps this session. """
+        name = self._names.copy()
+        name.update(id.encode('ascii'))
+        return name.hexdigest()
 
-        With a key for each session random nonces are far from their limit (SP
-        800-38D), and the store's content plus the secret still say nothing
-        without the visitor's cookie.
-    """
+    def lists(self, owner: str) -> list[tuple[str, bytes]]:
+        """ Return the stored name and the key of the list of this owner's log-ins,
+            under each secret, newest first. Who reads the store cannot test a guess
+            of an owner: that takes the secret. """
+        places = []
+        for master in self._owners:
+            hashed = master.copy()
+            hashed.update(owner.encode('utf-8', 'surrogatepass'))
+            both = hashed.digest()
+            places.append((both[:32].hex(), both[32:]))
+        return places
 
-    __slots__ = 'id', 'name', '_secrets', '_ciphers'
+    def _key(self, id: str, number: int) -> bytes:
+        key = self._keys[number].copy()
+        key.update(id.encode('ascii'))
+        digest: bytes = key.digest()
+        return digest
 
-    def __init__(self, secrets: _Secrets, id: str) -> None:
-        self.id = id
-        self.name = _name_of(id)
-        self._secrets = secrets
-        self._ciphers: dict[bytes, Any] = {}
+    def seal(self, kind: bytes, id: str, head: _Head, payload: Any = b'') -> Any:
+        """ Return a record of this kind for the session with this id. """
+        owner = (head.owner or '').encode('utf-8', 'surrogatepass')
+        return self._close(self._key(id, 0), kind,
+                              _HEAD.pack(*head[:4], len(owner)) + owner + payload)
 
-    def seal(self, times: _Times, payload: bytes) -> bytes:
-        """ Return a record that holds this payload. """
-        nonce, first = os.urandom(12), self._secrets.first
-        sealed: bytes = self._cipher(first).encrypt(
-            nonce, _TIMES.pack(*times) + payload, self.name.encode('ascii'))
-        return first + nonce + _TIME.pack(times.told) + _NO_PROOF + sealed
+    def open(self, id: str, record: Any) -> tuple[bytes, _Head, Any, bool]:
+        """ Return (kind, head, payload, whether an older secret sealed it), or raise
+            _Unreadable. """
+        for number in range(len(self._keys)):
+            plain = self._disclose(self._key(id, number), record)
+            if plain is not None:
+                break
+        else:
+            raise _Unreadable('is damaged, or was sealed with a secret that is not in the list')
+        *head, size = _HEAD.unpack_from(plain)
+        end = _HEAD.size + size
+        owner = plain[_HEAD.size:end].decode('utf-8', 'surrogatepass') if size else None
+        return record[:1], _Head(*head, owner), plain[end:], number > 0
 
-    def open(self, record: bytes) -> tuple[_Times, bytes]:
-        """ Return the times and the payload, or raise _Unreadable. """
-        key_id = record[:4]
-        if key_id not in self._secrets.masters:
-            raise _Unreadable('is damaged or was sealed with a secret that is not in the list')
+    def _close(self, key: bytes, kind: bytes, plain: bytes) -> bytes:
+        nonce = os.urandom(12)
+        sealed: bytes = self._cipher(key).encrypt(nonce, plain, kind)
+        return kind + nonce + sealed
+
+    def _disclose(self, key: bytes, record: bytes) -> bytes | None:
         try:
-            plain = self._cipher(key_id).decrypt(
-                record[4:_VERSION], record[_SEALED:], self.name.encode('ascii'))
-        except (self._secrets.forged, ValueError):  # ValueError: too short to be sealed
-            raise _Unreadable('is damaged or forged') from None
-        times = _Times._make(_TIMES.unpack_from(plain))
-        stamp = record[_VERSION:_SEALED]
-        if not stamp.endswith(_NO_PROOF):
-            noted = _TIME.unpack_from(stamp)[0]
-            if any(hmac.compare_digest(stamp, self.stamp(noted, key_id))
-                   for key_id in self._secrets.masters):
-                times = _Times(times.created, max(times.used, noted), max(times.told, noted))
-        return times, plain[_TIMES.size:]
+            plain: bytes = self._cipher(key).decrypt(record[1:13], record[13:], record[:1])
+            return plain
+        except (self._forged, ValueError):  # ValueError: too short to be sealed
+            return None
 
-    def stamp(self, used: float, key_id: bytes | None = None) -> bytes:
-        """ Return the proof of a use, for bytes 16 to 40 of a record. """
-        raw = _TIME.pack(used)
-        proof = self._secrets.masters[key_id or self._secrets.first].copy()
-        proof.update(b'use ' + raw + self.id.encode('ascii'))
-        return raw + bytes(proof.digest()[:16])
+    def seal_list(self, key: bytes, entries: dict[str, Any]) -> Any:
+        """ Return a record of the log-ins of an owner. """
+        return self._close(key, _LOGINS, json.dumps(entries).encode('ascii'))
 
-    def is_old(self, record: bytes) -> bool:
-        """ Tell whether the record was sealed with an older secret. """
-        return record[:4] != self._secrets.first
+    def open_list(self, key: bytes, record: Any) -> dict[str, Any]:
+        """ Return what `seal_list` was given, or raise _Unreadable. """
+        plain = self._disclose(key, record)
+        if plain is None:
+            raise _Unreadable('is damaged')
+        return dict(json.loads(plain))
 
-    def _cipher(self, key_id: bytes) -> Any:
-        cipher = self._ciphers.get(key_id)
-        if cipher is None:
-            key = self._secrets.masters[key_id].copy()
-            key.update(self.id.encode('ascii'))
-            cipher = self._ciphers[key_id] = self._secrets.cipher(key.digest())
-        return cipher
+    def version(self, record: Any) -> Any:
+        """ Return what `Store.replace` knows a record by. """
+        return record[:_VERSION]
+
+    def dumps(self, data: dict[Any, Any]) -> Any:
+        return self._dumps(data)
+
+    def loads(self, payload: Any) -> dict[Any, Any]:
+        """ Return the data, or raise _Unreadable; what may be well in a moment is a
+            StoreError. """
+        try:
+            data = self._loads(payload)
+        except (MemoryError, RecursionError, OSError) as error:
+            _log.error('a session cannot be loaded at the moment: %s', _kind(error))
+            raise StoreError() from error
+        except Exception as error:  # also a class that is gone
+            # Other messages may quote data.
+            what = ': %s' % error if isinstance(error, (ImportError, AttributeError)) else ''
+            raise _Unreadable('cannot be loaded (%s%s)' % (_kind(error), what)) from error
+        if type(data) is not dict:
+            raise _Unreadable('holds no dict')
+        return data
+
+    def certainly_loads(self, changed: Mapping[Any, Any]) -> bool:
+        """ Tell whether these keys and values are such that they always load back. """
+        return self._pickles and all(type(key) in _PLAIN and type(value) in _PLAIN
+                                     for key, value in changed.items())
 
 
-_REMEDY = 'run "python -m bottle_session secret" to get a good one, and keep it out of the code'
+class _Keeper(_Seal):
+    """ The same for the memory mode: a record is an object, and holds a shallow
+        copy of the dict. Nothing is sealed or serialized. """
+
+    keeps_values = True
+
+    def __init__(self, secrets: list[bytes], cookie_name: str, serializer: Any) -> None:
+        self._prepare(secrets, cookie_name)
+        self._dumps = self._loads = dict
+
+    def seal(self, kind: bytes, id: str, head: _Head, payload: Any = b'') -> Any:
+        return _Kept(kind, head, payload)
+
+    def open(self, id: str, record: Any) -> tuple[bytes, _Head, Any, bool]:
+        return record.kind, record.head, record.payload, False
+
+    def seal_list(self, key: bytes, entries: dict[str, Any]) -> Any:
+        return _Kept(_LOGINS, _NO_HEAD, entries.copy())
+
+    def open_list(self, key: bytes, record: Any) -> dict[str, Any]:
+        return dict(record.payload)
+
+    def version(self, record: Any) -> Any:
+        return record
+
+    def certainly_loads(self, changed: Mapping[Any, Any]) -> bool:
+        return True
+
+
+class _Kept:
+    """ A record of the memory mode; two are equal only if they are one. """
+
+    __slots__ = 'kind', 'head', 'payload'
+
+    def __init__(self, kind: bytes, head: _Head, payload: Any) -> None:
+        self.kind, self.head, self.payload = kind, head, payload
+
+    def __getitem__(self, part: slice) -> bytes:
+        return self.kind  # what a record of bytes begins with
+
+
+def _check_serializer(serializer: Any) -> tuple[Callable[[Any], bytes], Callable[[bytes], Any]]:
+    """ Return its dumps and loads, made to give and take bytes. """
+    dumps, loads = (getattr(serializer, name, None) for name in ('dumps', 'loads'))
+    if not callable(dumps) or not callable(loads):
+        raise TypeError('serializer must have dumps() and loads(), as json and pickle do')
+    if serializer is pickle:
+        return dumps, loads
+    empty = dumps({})
+    if loads(empty) != {} or not isinstance(empty, (str, bytes)):
+        raise ValueError('serializer: dumps({}) must give str or bytes, of which loads() makes {}')
+    if isinstance(empty, bytes):
+        return dumps, loads
+    return (lambda data: dumps(data).encode('utf-8', 'surrogatepass'),
+            lambda plain: loads(plain.decode('utf-8', 'surrogatepass')))
+
+
+# What is never changed inside, and the part of it in which equal means the same.
+_PLAIN = frozenset((str, int, float, bool, bytes, type(None), complex, datetime, date, timedelta))
+_ATOMS = frozenset((str, int, bool, bytes, type(None)))
+
+
+def _canonical(value: Any) -> bytes:
+    """ Return bytes that are the same only for equal values, to their types.
+
+        Without pickle's memo they do not tell which parts are one and the same
+        object. Never for what is stored. With a cycle only the memo ends.
+    """
+    stream = io.BytesIO()
+    pickler = pickle.Pickler(stream, 5)
+    pickler.fast = True
+    try:
+        pickler.dump(value)
+    except ValueError:
+        return pickle.dumps(value, 5)
+    return stream.getvalue()
+
+
+def _same(one: Any, other: Any) -> bool:
+    """ Tell whether two values are equal, to their types: 1, 1.0 and True differ.
+        In doubt they are not. """
+    kind = type(one)
+    if kind is not type(other):
+        return False
+    if kind in _ATOMS:
+        return bool(one == other)
+    try:
+        first, second = _canonical(one), _canonical(other)
+        return first == second or (
+            # The order of a set is no part of its value: look inside.
+            (b'\x8f' in first or b'\x91' in first) and _same_inside(one, other))
+    except Exception as error:  # from methods of the user's classes
+        _log.debug('cannot compare two values, so it counts as a change: %s', _kind(error))
+        return False
+
+
+def _same_inside(one: Any, other: Any) -> bool:
+    kind = type(one)
+    if kind in (dict, list, tuple, set, frozenset) and len(one) != len(other):
+        return False
+    if kind in (set, frozenset):
+        return {_sorted_out(value) for value in one} == {_sorted_out(value) for value in other}
+    if kind is dict:
+        return all(map(_same, one, other)) and all(map(_same, one.values(), other.values()))
+    if kind in (list, tuple):
+        return all(map(_same, one, other))
+    if kind in _PLAIN:
+        return False
+    parts, others = one.__reduce_ex__(4), other.__reduce_ex__(4)
+    return len(parts) == len(others) and all(
+        _same(list(a) if isinstance(a, Iterator) else a, list(b) if isinstance(b, Iterator) else b)
+        for a, b in zip(parts, others))
+
+
+def _sorted_out(value: Any) -> Any:
+    """ Return what an element of a set is compared by. """
+    if isinstance(value, frozenset):
+        return frozenset(map(_sorted_out, value))
+    return _canonical(value)
+
 
 ###############################################################################
 # Stores ######################################################################
@@ -365,15 +553,17 @@ class Store:
 
         A store sees names (64 hexadecimal digits) and records (bytes), never an
         id, data or a request. The first 16 bytes of a record are its *version*:
-        records with the same version are the same. `expires` is a time in
-        seconds since the epoch, as `time.time()` counts; a record past it may be
-        removed and must not be handed out if the store can tell without effort
-        (Session looks at a sealed copy of the time in any case).
+        records with the same version are the same. The first byte is ``b's'``
+        for a session and another one for what the library keeps beside them.
+        `expires` is a time in seconds since the epoch, as `time.time()` counts;
+        a record past it may be removed (Session looks at a sealed copy of the
+        time in any case).
 
         *Gone* is None or False, never an error. Each method is atomic, may be
         called by several threads and processes at once, and never waits for
         another: what is held raises SessionBusy at once, and Session tries
-        again. What cannot be done raises StoreError, within two seconds.
+        again. What cannot be done raises StoreError, within two seconds, and has
+        changed nothing; its attribute `maybe_done` is set where nobody can know.
     """
 
     #: True for a store in this process that keeps the objects themselves.
@@ -383,30 +573,22 @@ class Store:
         """ Return the record, or None; b'' for one that is damaged. """
         raise NotImplementedError
 
-    def load_and_touch(self, name: str, stamp: bytes, lifetime: float, due: float) -> bytes | None:
-        """ Return the record, or None; override it if a use can be noted on the way.
-
-            :param stamp: what to put into bytes 16 to 40 of the record, if the
-                time that begins it (8 bytes, a little-endian double) is `due`
-                to `lifetime` seconds later than the one that is there.
-            :param lifetime: seconds from now to the new `expires`, then.
-        """
-        return self.load(name)
-
     def create(self, name: str, record: bytes, expires: float, durable: bool = False) -> bool:
         """ Store a new record; return False, and change nothing, if the name is taken.
+            Nobody sees a part of it, and nothing is left of it if the process dies.
 
             :param durable: it must survive a power cut once this returns.
         """
         raise NotImplementedError
 
     def replace(self, name: str, version: bytes, record: bytes, expires: float,
-                lock: Any = None) -> bytes | None:
+                lock: Any = None, durable: bool = False) -> bytes | None:
         """ Put `record` in place of the one with this version and return `record`.
             Return the stored record if it is another by now, None if it is gone.
 
             :param lock: what `lock` gave, if this is its holder; SessionBusy is
                 raised while somebody else holds one.
+            :param durable: as for `create`.
         """
         raise NotImplementedError
 
@@ -424,16 +606,12 @@ class Store:
         """ Let go of the lock, if it is still ours. """
         raise NotImplementedError
 
-    def sweep(self, now: float, progress: Progress = None) -> int:
-        """ Remove everything that expires until `now` and return how many.
+    def sweep(self, now: float, progress: Progress = None) -> tuple[int, int]:
+        """ Remove everything that expires until `now`; return how many sessions
+            went, and how many are left.
 
             :param progress: called now and then with the share done, 0 to 1.
         """
-        raise NotImplementedError
-
-    def stats(self, now: float, progress: Progress = None) -> dict[str, Any]:
-        """ Return the numbers 'sessions', 'expired' and 'bytes', and 'oldest', the
-            time of the longest unused one's last use or None. """
         raise NotImplementedError
 
 
@@ -456,28 +634,27 @@ class MemoryStore(Store):
             if name in self._records:
                 return False
             self._records[name] = record, expires
-            for oldest in list(_first(self._records, 2)):  # clean faster than it grows
+            for oldest in list(itertools.islice(self._records, 2)):  # faster than it grows
                 self._drop_expired(oldest, time.time())
             return True
 
-    def replace(self, name: str, version: bytes, record: Any, expires: float,
-                lock: Any = None) -> Any:
+    def replace(self, name: str, version: Any, record: Any, expires: float,
+                lock: Any = None, durable: bool = False) -> Any:
         with self._mutex:
             if name not in self._records:
                 return None
+            if self._locks.get(name, lock) is not lock:
+                raise SessionBusy()
             stored = self._records[name][0]
-            if stored is not record:  # a live object is only given a new `expires`
-                if self._locks.get(name, lock) is not lock:
-                    raise SessionBusy(_BUSY)
-                if stored[:_VERSION] != version:
-                    return stored
+            if _version_of(stored) != version:
+                return stored
             self._records[name] = record, expires
             return record
 
-    def remove(self, name: str, version: bytes | None = None) -> bool:
+    def remove(self, name: str, version: Any = None) -> bool:
         with self._mutex:
             stored = self._records.get(name)
-            if not stored or version is not None and stored[0][:_VERSION] != version:
+            if not stored or version is not None and _version_of(stored[0]) != version:
                 return False
             del self._records[name]
             self._locks.pop(name, None)
@@ -488,7 +665,7 @@ class MemoryStore(Store):
             if name not in self._records:
                 return None
             if name in self._locks:
-                raise SessionBusy(_BUSY)
+                raise SessionBusy()
             lock = self._locks[name] = object()
             return lock, self._records[name][0]
 
@@ -497,14 +674,13 @@ class MemoryStore(Store):
             if self._locks.get(name) is lock:
                 del self._locks[name]
 
-    def sweep(self, now: float, progress: Progress = None) -> int:
+    def sweep(self, now: float, progress: Progress = None) -> tuple[int, int]:
         with self._mutex:
-            return sum(self._drop_expired(name, now) for name in list(self._records))
-
-    def stats(self, now: float, progress: Progress = None) -> dict[str, Any]:
-        with self._mutex:
-            return {'sessions': len(self._records), 'bytes': 0, 'oldest': None,
-                    'expired': sum(expires <= now for _, expires in self._records.values())}
+            records = [(name, record[:1] == _SESSION)
+                       for name, (record, _) in self._records.items()]
+            went = sum(self._drop_expired(name, now) and is_session
+                       for name, is_session in records)
+            return went, sum(is_session for _, is_session in records) - went
 
     def _drop_expired(self, name: str, now: float) -> bool:
         expired = self._records[name][1] <= now and name not in self._locks
@@ -515,83 +691,34 @@ class MemoryStore(Store):
         return expired
 
 
-def _first(items: Iterable[str], count: int) -> Iterator[str]:
-    return (item for item, _ in zip(items, range(count)))
+def _version_of(record: Any) -> Any:
+    return record[:_VERSION] if isinstance(record, bytes) else record
 
 
+# A session's file, and its life:
+#
+#   0     8                         2048                      4096
+#   magic | head 1 | record         | head 2 | record         | bigger records ...
+#
+# A save writes the slot that is not current, with the next number: a reader takes
+# the newest slot whose checksum is right, so it finds the old record or the new
+# one, whenever the process dies. No rename (ext4 takes 80 us for one) and no
+# temporary file. A record that does not fit into its slot goes behind the page,
+# where the current one is not; a small one returns to the page, and when both are
+# back in it the file is cut. A file that is shorter than a page, or without a
+# whole record, is none yet: whoever was making it may have died.
 _PAGE = 4096
-_MAX_RECORD = 64 * 1024 * 1024  # bytes; a bigger one is foreign, or a mistake
-
-# A file is one page, and room behind it for a record that outgrows it:
-#   magic 8 | slot head 40 | record ... 2048: slot head 40 | record ... 4096
-# A slot head tells where its record is. A save writes the slot that is not
-# current, so that a reader finds the old record or the new one, whenever the
-# process dies. No rename (ext4 takes 80 us for one), and no temporary file.
-_MAGIC = b'BSess 1\n'
-_HEAD = struct.Struct('<IQddIII')  # crc of the rest and the record, number, used,
-_CRC = struct.Struct('<I')         # expires, offset, room, length
-_HEADS = len(_MAGIC), _PAGE // 2
-_OPEN_TO_READ = os.O_RDONLY | getattr(os, 'O_CLOEXEC', 0) | getattr(os, 'O_NOFOLLOW', 0) \
-    | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_NOCTTY', 0)
-_OPEN_TO_WRITE = _OPEN_TO_READ | os.O_RDWR
+_MAGIC = b'BSess 2\n'
+_SLOT = struct.Struct('>IQdII')  # crc of the rest and the record, number, expires,
+_CRC = struct.Struct('>I')       # offset and length of the record
+_SLOTS = len(_MAGIC), _PAGE // 2
+_MAX_RECORD = 64 * 1024 * 1024   # bytes; a bigger one is foreign, or a mistake
+_HALF_MADE = 3600                # seconds until what was never finished is removed
+_READING = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in (
+    'O_CLOEXEC', 'O_NOFOLLOW', 'O_NONBLOCK', 'O_NOCTTY', 'O_BINARY', 'O_NOINHERIT'))
+_WRITING = _READING | os.O_RDWR
 #: What opening or reading something that is no plain file says.
 _NO_FILE = {errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EAGAIN}
-
-
-class _Slot:
-    """ One of the two places of a file for a record. """
-
-    __slots__ = 'at', 'home', 'crc', 'number', 'used', 'expires', 'offset', 'room', 'length'
-    number: int  # of the save
-    used: float
-    expires: float
-    offset: int  # in the file, where the record is
-    room: int    # bytes for it there
-
-    def __init__(self, page: bytes, at: int) -> None:
-        self.at = at
-        self.home = at + _HEAD.size
-        if len(page) >= self.home:
-            (self.crc, self.number, self.used, self.expires, self.offset, self.room,
-             self.length) = _HEAD.unpack_from(page, at)
-        else:
-            self.number = 0
-        if self.number == 0:  # never written
-            self.offset, self.room = self.home, _PAGE // 2 - self.home % (_PAGE // 2)
-            self.used = self.expires = self.length = 0
-
-    def fill(self, number: int, used: float, expires: float, record: bytes) -> bytes:
-        """ Describe this record, and return the head to write. """
-        head = _HEAD.pack(0, number, used, expires, self.offset, self.room, len(record))[4:]
-        return _CRC.pack(zlib.crc32(record, zlib.crc32(head))) + head
-
-    def is_sound(self) -> bool:
-        """ Tell whether the head can be true: its place is one that we would choose. """
-        if self.number >= 2 ** 63:
-            return False
-        if self.offset == self.home:
-            return self.room == _PAGE // 2 - self.home % (_PAGE // 2)
-        return (self.offset % _PAGE == 0 < self.offset <= 4 * _MAX_RECORD
-                and _PAGE <= self.room <= _MAX_RECORD)
-
-    def overlaps(self, other: _Slot) -> bool:
-        return (self.offset < other.offset + other.room
-                and other.offset < self.offset + self.room)
-
-    def version(self, fd: int, page: bytes) -> bytes:
-        """ Return the beginning of the record. """
-        return page[self.offset:self.offset + _VERSION] or os.pread(fd, _VERSION, self.offset)
-
-    def record(self, fd: int, page: bytes) -> bytes | None:
-        """ Return the record, or None if it is not whole. """
-        offset, end = self.offset, self.offset + self.length
-        if offset == self.home and offset < end <= len(page):  # nearly all are like this
-            return page[offset:end] if zlib.crc32(page[self.at + 4:end]) == self.crc else None
-        if not (self.is_sound() and 0 < self.length <= self.room):
-            return None
-        record = os.pread(fd, self.length, offset)
-        head = page[self.at + 4:self.home]
-        return record if zlib.crc32(record, zlib.crc32(head)) == self.crc else None
 
 
 class FileStore(Store):
@@ -602,9 +729,6 @@ class FileStore(Store):
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        if fcntl is None:
-            raise ValueError("mode='file' needs the file locks of a POSIX system, which this one "
-                             "has not: use mode='memory' or a redis URL")
         self.directory = os.path.abspath(os.fspath(directory))
         if os.path.lexists(self.directory) and not os.path.isdir(self.directory):
             raise ValueError('sessions_dir=%r is not a directory' % self.directory)
@@ -614,102 +738,84 @@ class FileStore(Store):
         self._cleaned = 0.0
 
     def load(self, name: str) -> bytes | None:
-        path = self._path(name)
+        path = '%s%s/%s' % (self._prefix, name[:2], name[2:])
         try:
-            fd = os.open(path, _OPEN_TO_READ)
-        except OSError as error:
-            self._absent(path, error)
-            return None
-        try:
-            for attempt in range(20):
+            fd = os.open(path, _READING)
+            try:
                 page = os.read(fd, _PAGE)
-                found = _newest(fd, page)
-                if found and (found[0].at == _newer_first(page)[0]
-                              or os.pread(fd, _PAGE, 0) == page):  # else two saves went by
-                    return found[1]
-                if page[:len(_MAGIC)] != _MAGIC or self._try_lock(fd) and attempt:
-                    break  # nobody is writing, so it is not a race with two saves
-                time.sleep(0.0005 * attempt)
-                os.lseek(fd, 0, os.SEEK_SET)
+                record = _read_slot(fd, page, _newer_slot(page))
+                return record if record or not page else _load_again(fd, page)
+            finally:
+                os.close(fd)
         except OSError as error:
-            self._absent(path, error)
+            _absent(path, error)
             return None
-        finally:
-            os.close(fd)
-        return b''  # which no seal opens
 
     def create(self, name: str, record: bytes, expires: float, durable: bool = False) -> bool:
         path = self._path(name)
+        fd = None
         try:
+            fd = self._open_new(path)
+            if fd is None or _newest(fd, _pread(fd, _PAGE, 0)):
+                return False
             try:
-                fd = os.open(path, _OPEN_TO_WRITE | os.O_CREAT | os.O_EXCL, 0o600)
-            except FileNotFoundError:
-                self._make_directory(os.path.dirname(path))
-                fd = os.open(path, _OPEN_TO_WRITE | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError:
-            return False
+                slot = _slot(_SLOTS[0], 1, expires, _place_for(record, _SLOTS[0], b''), record)
+                _write(fd, _MAGIC + slot, record, _SLOTS[0], 0)
+                if durable:
+                    os.fsync(fd)
+                    _sync_directory(os.path.dirname(path))
+                    _sync_directory(self.directory)
+            except BaseException:
+                _unlink(path, fd)
+                raise
         except OSError as error:
             raise _failed('create', path, error) from error
-        try:
-            os.fchmod(fd, 0o600)  # whatever the umask
-            slot = _Slot(b'', _HEADS[0])
-            if len(record) > slot.room:
-                slot.offset, slot.room = _PAGE, _room_for(record)
-            head = _MAGIC + slot.fill(1, time.time(), expires, record)
-            _write(fd, head.ljust(slot.offset, b'\0') + record, 0)
-            if durable:
-                os.fsync(fd)
-                self._sync(os.path.dirname(path))
-                self._sync(self.directory)
-        except BaseException as error:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-            if isinstance(error, OSError):
-                raise _failed('write', path, error) from error
-            raise
         finally:
-            os.close(fd)
+            if fd is not None:
+                _close_locked(fd)
         self._clean_a_little()
         return True
 
     def replace(self, name: str, version: bytes, record: bytes, expires: float,
-                lock: Any = None) -> bytes | None:
+                lock: Any = None, durable: bool = False) -> bytes | None:
         path = self._path(name)
         fd = None
         try:
             fd = self._open_locked(path) if lock is None else lock
-            if fd is None or lock is not None and os.fstat(fd).st_nlink == 0:
+            page = b'' if fd is None else _pread(fd, _PAGE, 0)
+            if not page or lock is not None and not os.fstat(fd).st_nlink:
                 return None
-            page = os.pread(fd, _PAGE, 0)
-            current = _newer(page)
-            if current.number >= 2 ** 63 or current.version(fd, page) != version:
-                found = _newest(fd, page)
-                if not found or found[1][:_VERSION] != version:
-                    return found and found[1]
-                current = found[0]
-            self._fill_other(fd, page, current, record, expires)
+            at, stored = _newest(fd, page) or (0, b'')
+            if stored[:_VERSION] != version:
+                return stored
+            _fill_other(fd, page, at, record, expires)
+            if durable:
+                _sync_what_is_done(os.fdatasync, fd, path)
         except OSError as error:
             raise _failed('write', path, error) from error
         finally:
             if lock is None and fd is not None:
-                _unlock(fd)
+                _close_locked(fd)
         self._clean_a_little()
         return record
 
     def remove(self, name: str, version: bytes | None = None) -> bool:
         path = self._path(name)
-        if version is not None and (self.load(name) or b'')[:_VERSION] != version:
-            return False
+        fd = None
         try:
-            directory = os.open(os.path.dirname(path), os.O_RDONLY)
-            try:
-                os.unlink(path)
-                os.fsync(directory)
-            finally:
-                os.close(directory)
+            if version is not None:
+                fd = self._open_locked(path)
+                found = fd is not None and _newest(fd, _pread(fd, _PAGE, 0))
+                if not found or found[1][:_VERSION] != version:
+                    return False
+            _unlink(path, fd)
         except OSError as error:
-            self._absent(path, error)
+            _absent(path, error)
             return False
+        finally:
+            if fd is not None:
+                _close_locked(fd)
+        _sync_what_is_done(_sync_directory, os.path.dirname(path), path)
         return True
 
     def lock(self, name: str) -> tuple[int, bytes] | None:
@@ -717,118 +823,77 @@ class FileStore(Store):
         found = fd = None
         try:
             fd = self._open_locked(path)
-            if fd is None:
+            page = b'' if fd is None else _pread(fd, _PAGE, 0)
+            if fd is None or not page:
                 return None
-            found = _newest(fd, os.pread(fd, _PAGE, 0)) or (None, b'')
+            found = _newest(fd, page) or (0, b'')
         except OSError as error:
             raise _failed('lock', path, error) from error
         finally:
             if fd is not None and not found:
-                _unlock(fd)
+                _close_locked(fd)
         return fd, found[1]
 
     def unlock(self, name: str, lock: int) -> None:
-        _unlock(lock)
+        _close_locked(lock)
 
-    def sweep(self, now: float, progress: Progress = None) -> int:
-        return sum(_remove_if_expired(path, now) for path in self._paths(progress))
-
-    def stats(self, now: float, progress: Progress = None) -> dict[str, Any]:
-        total: dict[str, Any] = {'sessions': 0, 'expired': 0, 'bytes': 0, 'oldest': None}
+    def sweep(self, now: float, progress: Progress = None) -> tuple[int, int]:
+        went = left = 0
         for path in self._paths(progress):
-            try:
-                fd = os.open(path, _OPEN_TO_READ)
-                try:
-                    page = os.read(fd, _PAGE)
-                    slot = _newer(page)
-                    size = os.fstat(fd).st_blocks * 512
-                finally:
-                    os.close(fd)
-            except OSError as error:
-                self._absent(path, error)
-                continue
-            if page.startswith(_MAGIC) and slot.number and 0 < slot.used < 1e11:
-                total['sessions'] += 1
-                total['bytes'] += size
-                total['expired'] += slot.expires <= now
-                total['oldest'] = min(slot.used, total['oldest'] or slot.used)
-        return total
+            kind, removed = _remove_if_expired(path, now)
+            went += removed and kind == _SESSION
+            left += not removed and kind == _SESSION
+        return went, left
 
     def _path(self, name: str) -> str:
         return '%s%s/%s' % (self._prefix, name[:2], name[2:])
 
-    def _absent(self, path: str, error: OSError) -> None:
-        """ Accept what is no session, raise StoreError for trouble. """
-        if error.errno in _NO_FILE:
-            _log.warning('%s is no session (%s); it is treated as absent', path, error.strerror)
-        elif error.errno != errno.ENOENT:
-            raise _failed('read', path, error) from error
-
-    def _make_directory(self, path: str) -> None:
-        missing = [path]
-        while not os.path.isdir(os.path.dirname(missing[-1])):
-            missing.append(os.path.dirname(missing[-1]))
-        for directory in reversed(missing):
+    def _open_new(self, path: str) -> int | None:
+        """ Open a file that may be new, locked; None if somebody else has it. """
+        while True:
             try:
-                os.mkdir(directory, 0o700)
-                os.chmod(directory, 0o700)  # whatever the umask
-            except FileExistsError:
-                pass
-
-    def _sync(self, directory: str) -> None:
-        fd = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-    def _try_lock(self, fd: int) -> bool:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+                fd = os.open(path, _WRITING | os.O_CREAT, 0o600)
+            except FileNotFoundError:
+                _make_directory(os.path.dirname(path))
+                fd = os.open(path, _WRITING | os.O_CREAT, 0o600)
+            locked = False
+            try:
+                locked = _try_lock(fd)
+                state = os.fstat(fd)
+                if not stat.S_ISREG(state.st_mode):
+                    raise OSError(errno.EEXIST, 'Something else is there')
+                if locked and state.st_nlink:
+                    if state.st_mode & 0o777 != 0o600:  # whatever the umask
+                        _chmod(fd, 0o600)
+                    return fd
+            except BaseException:
+                _close_locked(fd)
+                raise
+            _close_locked(fd) if locked else os.close(fd)
+            if not locked:
+                return None
 
     def _open_locked(self, path: str) -> int | None:
         """ Open the file with its lock taken, or return None if there is none. """
         try:
-            fd = os.open(path, _OPEN_TO_WRITE)
+            fd = os.open(path, _WRITING)
         except OSError as error:
-            self._absent(path, error)
+            _absent(path, error)
             return None
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _try_lock(fd):
+                raise SessionBusy()
             state = os.fstat(fd)
-        except BlockingIOError:
-            os.close(fd)
-            raise SessionBusy(_BUSY) from None
-        except BaseException:
+            if state.st_nlink and stat.S_ISREG(state.st_mode):
+                return fd
+        except SessionBusy:
             os.close(fd)
             raise
-        if state.st_nlink and stat.S_ISREG(state.st_mode):
-            return fd
-        _unlock(fd)
+        except BaseException:
+            _close_locked(fd)
+            raise
+        _close_locked(fd)
         return None
-
-    def _fill_other(self, fd: int, page: bytes, current: _Slot, record: bytes,
-                    expires: float) -> None:
-        """ Write the record into the slot that is not current. """
-        other = _Slot(page, _HEADS[current.at == _HEADS[0]])
-        if not other.is_sound() or other.overlaps(current):
-            other = _Slot(b'', other.at)  # its head is damaged: start again in the page
-        if len(record) > other.room:
-            end = max(_PAGE, other.offset + other.room, current.offset + current.room)
-            other.offset, other.room = -(-end // _PAGE) * _PAGE, _room_for(record)
-        head = other.fill(current.number + 1, time.time(), expires, record)
-        if other.offset == other.home:
-            _write(fd, head + record, other.at)
-            return
-        if current.offset >= _PAGE:
-            # The old record must be on the disk before its only other copy goes:
-            # a power cut could tear both. Within one page it cannot.
-            os.fdatasync(fd)
-        _write(fd, record, other.offset)
-        _write(fd, head, other.at)
 
     def _paths(self, progress: Progress = None) -> Iterator[str]:
         """ Yield the path of everything that is named like a session. """
@@ -856,7 +921,7 @@ class FileStore(Store):
             end = time.perf_counter() + 0.002
             paths = self._cleaner = self._cleaner or self._paths()
             for path in paths:
-                if _remove_if_expired(path, now):
+                if _remove_if_expired(path, now)[1]:
                     _log.debug('removed the expired session %s', path)
                 if time.perf_counter() >= end:
                     return
@@ -868,94 +933,219 @@ class FileStore(Store):
             self._cleaning.release()
 
 
-def _newer_first(page: bytes) -> tuple[int, int]:
-    """ Return the places of a file's slot heads, the newer one's first. """
-    one, two = _HEADS
-    is_two = page[two + 7:two - 1:-1] > page[one + 7:one - 1:-1]  # little-endian numbers
-    return (two, one) if is_two else (one, two)
+def _newer_slot(page: bytes) -> int:
+    """ Return where the slot with the higher number begins. """
+    one, two = _SLOTS
+    return two if page[two + 4:two + 12] > page[one + 4:one + 12] else one
 
 
-def _newer(page: bytes) -> _Slot:
-    """ Return the newer slot as its head has it, whole or not. """
-    return _Slot(page, _newer_first(page)[0])
+def _read_slot(fd: int, page: bytes, at: int) -> bytes | None:
+    """ Return the slot's record, or None if it is not whole. """
+    if len(page) != _PAGE or not page.startswith(_MAGIC):
+        return None
+    crc, _, _, offset, length = _SLOT.unpack_from(page, at)
+    start = at + _SLOT.size
+    if offset == start:  # nearly all are like this
+        end = start + length
+        return page[start:end] if zlib.crc32(page[at + 4:end]) == crc else None
+    if offset < _PAGE or not 0 < length <= _MAX_RECORD:
+        return None
+    record = _pread(fd, length, offset)
+    return record if zlib.crc32(record, zlib.crc32(page[at + 4:start])) == crc else None
 
 
-def _newest(fd: int, page: bytes) -> tuple[_Slot, bytes] | None:
-    """ Return the slot with the newest whole record, and the record. """
-    if page.startswith(_MAGIC):
-        for at in _newer_first(page):
-            slot = _Slot(page, at)
-            record = slot.record(fd, page)
-            if record:
-                return slot, record
+def _newest(fd: int, page: bytes) -> tuple[int, bytes] | None:
+    """ Return where the slot with the newest whole record begins, and the record. """
+    newer = _newer_slot(page)
+    for at in newer, sum(_SLOTS) - newer:
+        record = _read_slot(fd, page, at)
+        if record:
+            return at, record
     return None
 
 
-def _room_for(record: bytes) -> int:
+def _load_again(fd: int, page: bytes) -> bytes:
+    """ Return what a file holds whose newer slot is not whole. While it changes, or
+        somebody has its lock, it may be in the middle of a save. """
+    for attempt in range(20):
+        time.sleep(0.0005 * attempt)
+        before, page = page, _pread(fd, _PAGE, 0)
+        record = _read_slot(fd, page, _newer_slot(page))
+        if record:
+            return record
+        if page == before and _try_lock(fd):
+            _unlock(fd)
+            break
+    found = _newest(fd, page)
+    return found[1] if found else b''  # which no seal opens
+
+
+def _slot(at: int, number: int, expires: float, offset: int, record: bytes) -> bytes:
+    """ Return the head of a slot that describes this record. """
+    head = _SLOT.pack(0, number, expires, offset, len(record))[4:]
+    return _CRC.pack(zlib.crc32(record, zlib.crc32(head))) + head
+
+
+def _place_for(record: bytes, at: int, current: bytes) -> int:
+    """ Return the offset for a record of the slot at `at`, beside the current one. """
+    home = at + _SLOT.size
+    if len(record) <= _PAGE // 2 - home % (_PAGE // 2):
+        return home
     if len(record) > _MAX_RECORD:
         raise SessionError('The session is too big: %d bytes of at most %d. Keep big things '
                            'elsewhere and their names here.' % (len(record), _MAX_RECORD))
-    return max(_PAGE, 1 << (len(record) - 1).bit_length())
+    taken, length = _SLOT.unpack(current)[3:] if current else (0, 0)
+    if taken < _PAGE or _PAGE + len(record) <= taken:
+        return _PAGE
+    return -(-(taken + length) // _PAGE) * _PAGE
 
 
-def _unlock(fd: int) -> None:
-    """ Close the file and let go of its lock, also where a forked child shares it. """
-    try:
-        fcntl.flock(fd, fcntl.LOCK_UN)
-    finally:
-        os.close(fd)
+def _fill_other(fd: int, page: bytes, at: int, record: bytes, expires: float) -> None:
+    """ Write the record into the slot that is not the current one at `at`. """
+    current = page[at:at + _SLOT.size]
+    _, number, _, taken, _ = _SLOT.unpack(current)
+    other = sum(_SLOTS) - at
+    offset = _place_for(record, other, current)
+    if offset >= _PAGE and taken >= _PAGE:
+        # The current record must be on the disk before its only other copy goes: a
+        # power cut could tear both. Within one page it cannot.
+        os.fdatasync(fd)
+    _write(fd, _slot(other, number + 1, expires, offset, record), record, other, other)
+    if offset < _PAGE and taken < _PAGE and os.fstat(fd).st_size > _PAGE:
+        os.ftruncate(fd, _PAGE)
 
 
-def _write(fd: int, data: bytes, offset: int) -> None:
+def _write(fd: int, head: bytes, record: bytes, at: int, start: int) -> None:
+    """ Write a slot that begins at `at`; `head` goes to `start`. A first save fills
+        the page. """
+    offset = _SLOT.unpack_from(head, at - start)[3]
+    if offset >= _PAGE:
+        _write_all(fd, record, offset)
+        record = b''
+    data = head + record
+    _write_all(fd, data if start else data.ljust(_PAGE, b'\0'), start)
+
+
+def _write_all(fd: int, data: bytes, offset: int) -> None:
     """ Write all of it; a nearly full disk takes only a part at first. """
     while data:
-        written = os.pwrite(fd, data, offset)
+        written = _pwrite(fd, data, offset)
         data, offset = data[written:], offset + written
 
 
-def _remove_if_expired(path: str, now: float) -> bool:
-    """ Remove the file if its session has expired, or if it never became one. """
+def _remove_if_expired(path: str, now: float) -> tuple[bytes, bool]:
+    """ Remove the file if it has expired, or if it never became one; return the kind
+        of its record, and whether it went. """
     try:
-        fd = os.open(path, _OPEN_TO_READ)
+        fd = os.open(path, _WRITING)
     except OSError:
-        return False  # somebody else's, or gone already
+        return b'', False  # somebody else's, or gone already
+    locked = removed = False
     try:
-        page = os.read(fd, _PAGE)
-        slot = _newer(page)
-        if slot.number and slot.used - now < _TOMORROW and slot.expires > now:
-            return False
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        found = _newest(fd, os.pread(fd, _PAGE, 0))
-        if found and found[0].used - now < _TOMORROW:
-            ended = found[0].expires <= now
-        else:
-            ended = _has_ended_oddly(path, page, found and found[0], os.fstat(fd).st_mtime, now)
-        if ended:
-            os.unlink(path)
-        return ended
-    except OSError:  # held by a request, or gone: the next round sees it
-        return False
+        page = _pread(fd, _PAGE, 0)
+        kind, expires = _kind_and_end(fd, page)
+        if expires <= now and _try_lock(fd):
+            locked = True
+            kind, expires = _kind_and_end(fd, _pread(fd, _PAGE, 0))
+            if expires <= now:
+                _unlink(path, fd)
+                removed = True
+        return kind, removed
+    except OSError:  # gone meanwhile: the next round sees it
+        return b'', False
+    finally:
+        _close_locked(fd) if locked else os.close(fd)
+
+
+def _kind_and_end(fd: int, page: bytes) -> tuple[bytes, float]:
+    """ Return the kind of a file's record and when it expires, both unproven. """
+    if page[:len(_MAGIC)] != _MAGIC[:len(page)]:
+        return b'', math.inf  # not ours
+    _, number, expires, offset, _ = _SLOT.unpack_from(page.ljust(_PAGE, b'\0'), _newer_slot(page))
+    if not number:
+        return b'', os.fstat(fd).st_mtime + _HALF_MADE
+    return page[offset:offset + 1] or _pread(fd, 1, offset), expires
+
+
+def _absent(path: str, error: OSError) -> None:
+    """ Accept what is no session, raise StoreError for trouble. """
+    if error.errno in _NO_FILE:
+        _log.warning('%s is no session (%s); it is treated as absent', path, error.strerror)
+    elif error.errno != errno.ENOENT:
+        raise _failed('read', path, error) from error
+
+
+def _failed(verb: str, path: str, error: OSError) -> StoreError:
+    _log.error('cannot %s %s: %s%s', verb, path, error.strerror, _whose(path, error))
+    return StoreError()
+
+
+def _whose(path: str, error: OSError) -> str:
+    """ Return the owner and the remedy for what this process may not do. """
+    if error.errno not in (errno.EACCES, errno.EPERM) or not hasattr(os, 'geteuid'):
+        return ''
+    while not os.access(path, os.F_OK) or os.access(path, os.R_OK | os.W_OK):
+        if path == os.path.dirname(path):
+            return ''
+        path = os.path.dirname(path)
+    return ('. %s belongs to user %d, and this process runs as user %d: chown -R %d the sessions '
+            'directory (was the app once run as root?)'
+            % (path, os.stat(path).st_uid, os.geteuid(), os.geteuid()))
+
+
+def _make_directory(path: str) -> None:
+    missing = [path]
+    while not os.path.isdir(os.path.dirname(missing[-1])):
+        missing.append(os.path.dirname(missing[-1]))
+    for directory in reversed(missing):
+        with suppress(FileExistsError):
+            os.mkdir(directory, 0o700)
+            os.chmod(directory, 0o700)  # whatever the umask
+
+
+def _sync_what_is_done(sync: Callable[[Any], None], what: Any, path: str) -> None:
+    """ Have it survive a power cut. It cannot be taken back, so a failure is logged. """
+    try:
+        sync(what)
+    except OSError as error:
+        _log.error('%s is changed, but a power cut may undo it: %s', path, error.strerror)
+
+
+def _sync_directory(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
     finally:
         os.close(fd)
 
 
-def _has_ended_oddly(path: str, page: bytes, slot: _Slot | None, changed: float,
-                     now: float) -> bool:
-    """ Tell whether a session from a wrong clock, or one that is not whole, has ended. """
-    if slot is None:  # the process died while it made the file, or it is no file of ours
-        return page[:len(_MAGIC)] == _MAGIC[:len(page)] and changed + 3600 < now
-    if changed > now:  # count from now
-        os.utime(path, (now, now))
-    return changed + (slot.expires - slot.used) <= now
+def _try_lock(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
-_TOMORROW = 86400.0  # seconds; a clock this far ahead was wrong
+def _unlock(fd: int) -> None:
+    fcntl.flock(fd, fcntl.LOCK_UN)
 
 
-def _failed(verb: str, path: str, error: OSError) -> StoreError:
-    _log.error('cannot %s %s: %s', verb, path, error.strerror)
-    return StoreError(_OUT_OF_ORDER)
+def _close_locked(fd: int) -> None:
+    """ Close the file and let go of its lock, also where a forked child shares it. """
+    try:
+        _unlock(fd)
+    finally:
+        os.close(fd)
 
+
+def _unlink(path: str, fd: int | None) -> None:
+    os.unlink(path)
+
+
+_chmod = getattr(os, 'fchmod', None)
+_pread = getattr(os, 'pread', None)
+_pwrite = getattr(os, 'pwrite', None)
 
 class RedisStore(Store):
     """ Keeps each session in a hash of a Redis (6.2 or newer) or Valkey server,
@@ -963,8 +1153,8 @@ class RedisStore(Store):
 
         :param client: a URL (``redis://``, ``rediss://``, ``valkey://``,
             ``unix://``, with redis-py's query options), or a client of redis-py
-            that returns bytes, of a cluster too. By URL, time-outs are one
-            second (``?socket_timeout=0.5`` sets another).
+            that returns bytes, of a sentinel or a cluster too. Time-outs are one
+            second unless the URL or the client sets others.
         :param prefix: what the keys begin with.
     """
 
@@ -975,18 +1165,7 @@ class RedisStore(Store):
     _SLOW = 0.3     # seconds
 
     # KEYS[1] is a hash: r = record, l = the holder's token, u = its end in server ms.
-    _LOAD = """
-        local record = redis.call('HGET', KEYS[1], 'r')
-        if not record or #record < 40 then return record end
-        local age = struct.unpack('<d', ARGV[1]) - struct.unpack('<d', record, 17)
-        if age < tonumber(ARGV[3]) or age * 1000 >= tonumber(ARGV[2]) then return record end
-        local noted = string.sub(record, 1, 16) .. ARGV[1] .. string.sub(record, 41)
-        local done = redis.pcall('HSET', KEYS[1], 'r', noted)
-        if type(done) == 'table' then return {record, done.err} end  -- full, or a replica
-        redis.call('PEXPIRE', KEYS[1], ARGV[2])
-        return noted"""
-    # A command whose reply was lost is sent again: CREATE and REPLACE then find
-    # their own record, and REMOVE the mark x that it leaves for a moment.
+    # A command whose reply was lost is sent again, and finds its own record.
     _CREATE = """
         if redis.call('HSETNX', KEYS[1], 'r', ARGV[1]) == 0
                 and redis.call('HGET', KEYS[1], 'r') ~= ARGV[1] then
@@ -1003,21 +1182,17 @@ class RedisStore(Store):
         if not record then return 0 end"""
     _REPLACE = _READ + """
         if string.sub(record, 1, 16) == string.sub(ARGV[2], 1, 16) then return 1 end
-        if lock and lock ~= ARGV[4] and tonumber(till) > now() then return 2 end
+        if lock and lock ~= ARGV[4] and (tonumber(till) or 0) > now() then return 2 end
         if string.sub(record, 1, 16) ~= ARGV[1] then return record end
         redis.call('HSET', KEYS[1], 'r', ARGV[2])
         redis.call('PEXPIRE', KEYS[1], ARGV[3])
         return 1"""
     _REMOVE = """
-        if redis.call('HGET', KEYS[1], 'x') == ARGV[2] then return 1 end
         local record = redis.call('HGET', KEYS[1], 'r')
         if not record or string.sub(record, 1, 16) ~= ARGV[1] then return 0 end
-        redis.call('HDEL', KEYS[1], 'r')
-        redis.call('HSET', KEYS[1], 'x', ARGV[2])
-        redis.call('PEXPIRE', KEYS[1], 5000)
-        return 1"""
+        return redis.call('DEL', KEYS[1])"""
     _LOCK = _READ + """
-        if lock and lock ~= ARGV[1] and tonumber(till) > now() then return 2 end
+        if lock and lock ~= ARGV[1] and (tonumber(till) or 0) > now() then return 2 end
         redis.call('HSET', KEYS[1], 'l', ARGV[1], 'u', string.format('%d', now() + ARGV[2]))
         return record"""
     _UNLOCK = """
@@ -1032,7 +1207,7 @@ class RedisStore(Store):
             from redis.retry import Retry
         except ImportError as error:
             raise ImportError("redis URLs need the package 'redis': "
-                              "pip install 'bottle-secure-session[redis]'") from error
+                              "pip install 'redis[hiredis]'") from error
         self._errors = redis.exceptions
         if isinstance(client, str):
             client = redis.Redis.from_url(
@@ -1053,57 +1228,42 @@ class RedisStore(Store):
         record: bytes | None = self._ask(self.client.hget, self._prefix + name, 'r')
         return record
 
-    def load_and_touch(self, name: str, stamp: bytes, lifetime: float, due: float) -> bytes | None:
-        reply = self._run(self._LOAD, name, stamp, _ms(lifetime), repr(due))
-        if isinstance(reply, list):
-            _log.warning('redis: a use could not be recorded: %r', reply[1])
-            reply = reply[0]
-        record: bytes | None = reply
-        return record
-
     def create(self, name: str, record: bytes, expires: float, durable: bool = False) -> bool:
         return bool(self._run(self._CREATE, name, record, _ms(expires - time.time())))
 
     def replace(self, name: str, version: bytes, record: bytes, expires: float,
-                lock: Any = None) -> bytes | None:
+                lock: Any = None, durable: bool = False) -> bytes | None:
         reply = self._run(self._REPLACE, name, version, record, _ms(expires - time.time()),
                           lock or b'')
         if reply == 2:
-            raise SessionBusy(_BUSY)
+            raise SessionBusy()
         return {0: None, 1: record}.get(reply, reply)
 
     def remove(self, name: str, version: bytes | None = None) -> bool:
-        key = self._prefix + name
         if version is None:
-            return bool(self._ask(self.client.delete, key))
-        if not self._run(self._REMOVE, name, version, os.urandom(12)):
-            return False
-        try:
-            self._ask(self.client.delete, key)
-        except StoreError as error:
-            _log.debug('the mark of a removed session ends by itself: %s', error)
-        return True
+            return bool(self._ask(self.client.delete, self._prefix + name))
+        return bool(self._run(self._REMOVE, name, version))
 
     def lock(self, name: str) -> tuple[bytes, bytes] | None:
         token = os.urandom(12)
-        reply = self._run(self._LOCK, name, token, self._LEASE)
+        try:
+            reply = self._run(self._LOCK, name, token, self._LEASE)
+        except BaseException:
+            with suppress(StoreError):  # it may have been taken, and the reply was lost
+                self.unlock(name, token)
+            raise
         if reply == 2:
-            raise SessionBusy(_BUSY)
+            raise SessionBusy()
         return (token, reply) if reply else None
 
     def unlock(self, name: str, lock: bytes) -> None:
         self._run(self._UNLOCK, name, lock)
 
-    def sweep(self, now: float, progress: Progress = None) -> int:
-        self._ask(self.client.ping)
-        return 0  # the server does it
-
-    def stats(self, now: float, progress: Progress = None) -> dict[str, Any]:
-        total: dict[str, Any] = {'sessions': 0, 'expired': 0, 'bytes': 0, 'oldest': None}
+    def sweep(self, now: float, progress: Progress = None) -> tuple[int, int]:
+        left = 0
         for key in self._ask(lambda: list(self.client.scan_iter(self._prefix + '*', 1000))):
-            total['sessions'] += 1
-            total['bytes'] += self._ask(self.client.memory_usage, key) or 0
-        return total
+            left += (self._ask(self.client.hget, key, 'r') or b'')[:1] == _SESSION
+        return 0, left  # the server removes them
 
     def _run(self, script: str, name: str, *args: Any) -> Any:
         """ Run a script by its hash; the server learns it again when it lost it. """
@@ -1121,7 +1281,7 @@ class RedisStore(Store):
             and after two failures the next ones fail at once for a moment. """
         start = time.monotonic()
         if self._failures > 1 and start < self._open_again:
-            raise StoreError(_OUT_OF_ORDER)
+            raise StoreError()
         try:
             try:
                 reply = command(*args)
@@ -1136,15 +1296,17 @@ class RedisStore(Store):
                 _log.warning('redis: a key is no session; it is treated as absent: %s', error)
                 return None
             _log.error('redis: %s: %s', type(error).__name__, error)
+            failed = StoreError()
             if isinstance(error, self._errors.ReadOnlyError) or 'READONLY' in str(error):
                 # A replica by now: look again. Redis 6.2 says so in a script's error only.
                 if hasattr(self.client, 'connection_pool'):  # a cluster's client looks itself
                     self.client.connection_pool.disconnect()
             elif not isinstance(error, self._errors.ResponseError):
                 now = time.monotonic()
+                failed.maybe_done = True
                 self._failures += 2 if now - start > self._SLOW else 1
                 self._open_again = now + self._PAUSE
-            raise StoreError(_OUT_OF_ORDER) from error
+            raise failed from error
         self._failures = 0
         if not self._policy_checked:
             self._check_policy()
@@ -1181,7 +1343,8 @@ def check_store(make_store: Callable[[], Store]) -> None:
     """
     store, other = make_store(), make_store()
     name, later = hashlib.sha256(os.urandom(16)).hexdigest(), time.time() + 60
-    one, two, three = (os.urandom(40) + b'\0record' * size for size in (1, 2, 100000))
+    one, two, three = (_SESSION + os.urandom(40) + b'\0record' * size
+                       for size in (1, 2, 100000))
 
     assert store.load(name) is None, 'load() returns None for an unknown name'
     assert store.replace(name, one[:16], two, later) is None, 'replace() never creates'
@@ -1189,13 +1352,13 @@ def check_store(make_store: Callable[[], Store]) -> None:
     assert not store.remove(name), 'remove() tells that there was nothing'
     assert store.load(name) is None, 'nothing of that created a record'
 
-    assert store.create(name, one, later), 'create() stores'
+    assert store.create(name, one, later, True), 'create() stores'
     assert not other.create(name, two, later), 'create() never overwrites'
     assert other.load(name) == one, 'load() returns the bytes that were stored'
     assert store.replace(name, one[:16], two, later) == two, 'replace() stores'
     assert other.replace(name, one[:16], three, later) == two, \
         'replace() of another version changes nothing and returns what is stored'
-    assert other.replace(name, two[:16], three, later) == three, 'records may grow'
+    assert other.replace(name, two[:16], three, later, None, True) == three, 'records may grow'
     assert bytes(store.load(name) or b'') == three
 
     held = store.lock(name)
@@ -1224,728 +1387,200 @@ def check_store(make_store: Callable[[], Store]) -> None:
     store.sweep(time.time())
     assert store.load(name) is None, 'sweep() removes what has expired'
     assert other.create(name, one, later)
-    store.sweep(time.time())
+    went, left = store.sweep(time.time())
     assert store.load(name) == one, 'sweep() keeps what has not expired'
+    assert (went, left >= 1) == (0, True), 'sweep() counts what went and what is left'
+    _check_races(store, other, name, one, later)
 
-    wins = []
 
-    def save(new: bytes) -> None:
-        try:
-            wins.append(store.replace(name, one[:16], new, later) == new)
-        except SessionBusy:
-            pass  # another is at it: right, too
+def _check_races(store: Store, other: Store, name: str, one: bytes, later: float) -> None:
+    """ Check what several threads do at once. """
+    def in_threads(action: Callable[[bytes], Any]) -> list[Any]:
+        results = []
 
-    threads = [threading.Thread(target=save, args=(os.urandom(60),)) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wins.count(True) == 1, 'of several replace() of one version one wins'
+        def act() -> None:
+            new = _SESSION + os.urandom(60) * 50
+            with suppress(SessionBusy):  # another is at it: right, too
+                results.append((action(new), new))
+
+        threads = [threading.Thread(target=act) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+    saves = in_threads(lambda new: store.replace(name, one[:16], new, later) == new)
+    assert [done for done, _ in saves].count(True) == 1, \
+        'of several replace() of one version one wins'
     assert store.remove(name)
+    for _ in range(20):
+        made = in_threads(lambda new: (store.create(name, new, later), other.load(name)))
+        whole = {new for _, new in made}
+        assert [created for (created, _), _ in made].count(True) == 1, \
+            'of several create() of one name one wins'
+        assert all(seen is None or seen in whole for (_, seen), _ in made), \
+            'a record is absent or whole while create() makes it'
+        assert store.remove(name)
 
 
 ###############################################################################
-# Visit #######################################################################
+# Owners ######################################################################
 ###############################################################################
 
-_PLAIN = frozenset((str, int, float, bool, bytes, type(None), complex, datetime, date, timedelta))
-_BY_NAME = (type, types.FunctionType, types.BuiltinFunctionType)
+_MONTH = 31 * 86400.0  # seconds that a clock may be wrong for a while
+_MARK = 60.0           # seconds that a moved id reads as empty
+_BLOCK = 3600.0        # seconds in which a log-in that was begun has ended, or its process
+
+Login = namedtuple('Login', 'id created used note here')
+Login.__doc__ = """ Where an owner is logged in: see `Session.logins`. """
+
+# What the list of an owner says of a session: times in seconds since the epoch.
+_Entry = namedtuple('_Entry', 'created used expires note')
 
 
-class _Turns:
-    """ A lock for each session that this process waits for or holds, so that of
-        many threads only one asks the store at a time. """
+class _Owners:
+    """ The lists of who is logged in where, by the names of sessions in the store.
 
-    def __init__(self) -> None:
-        self._mutex = threading.Lock()
-        self._turns: dict[str, list[Any]] = {}  # name -> [lock, how many hold or await it]
-
-    def take(self, name: str, seconds: float) -> bool:
-        with self._mutex:
-            turn = self._turns.setdefault(name, [threading.Lock(), 0])
-            turn[1] += 1
-        try:
-            taken = turn[0].acquire(timeout=seconds)
-        except BaseException:  # a greenlet's time-out
-            self._leave(name, turn)
-            raise
-        if not taken:
-            self._leave(name, turn)
-        return bool(taken)
-
-    def give(self, name: str) -> None:
-        turn = self._turns.get(name)
-        if turn:  # a forked child knows nothing of its parent's turns
-            turn[0].release()
-            self._leave(name, turn)
-
-    def _leave(self, name: str, turn: list[Any]) -> None:
-        with self._mutex:
-            turn[1] -= 1
-            if not turn[1]:
-                self._turns.pop(name, None)
-
-
-_turns = _Turns()
-if hasattr(os, 'register_at_fork'):
-    os.register_at_fork(after_in_child=_turns.__init__)  # type: ignore[misc]
-
-
-class _Visit:
-    """ What one visitor's session is in one request. """
-
-    # Most requests change few of these, so the class holds the values at first.
-    data: dict[Any, Any] | None = None  # None: not asked for yet
-    id: str | None = None               # of the session in the store
-    cookie: str | None = None           # what to tell the browser
-    why = 'the browser sent no cookie of ours'
-    gone = False     # purged, regenerated or expired since it was loaded
-    saved = False    # or tried to
-    late = False     # used after the route was done
-    handled = False  # a key may have been set or deleted
-    exposed = False  # somebody may have changed the inside of a value
-    depth = 0        # of `with` blocks
-    held: tuple[str, Any] | None = None  # the name and the store's lock
-    # From here on they are set together with the id.
-    name: str      # in the store
-    times: _Times
-    record: Any    # as the store has it
-
-    def __init__(self, session: Session, environ: dict[str, Any], exchange: _Exchange) -> None:
-        # Not the environ itself: it holds the visit, and they would wait for the
-        # garbage collector together with an upload.
-        self.session = session
-        self.exchange = exchange
-        self.header: str = environ.get('HTTP_COOKIE', '')
-        self.scheme: str | None = (environ.get('HTTP_X_FORWARDED_PROTO')  # Bottle's rule
-                                   or environ.get('wsgi.url_scheme'))
-        self.snapshots: list[Any] = []
-
-    def ids(self) -> list[str]:
-        return _read_ids(self.header, self.session.cookie_name)
-
-    def tell(self, value: str, max_age: float) -> None:
-        """ Have the browser told of an id, or with '' to forget it. """
-        self.cookie = self.session._cookie.line(self.scheme, value, max_age)
-        self.exchange.news()
-
-    def tell_id(self, now: float) -> None:
-        assert self.id
-        self.tell(self.id, self.session._expires(self.times) - now)
-
-    def load(self) -> dict[Any, Any]:
-        raise NotImplementedError
-
-    def loaded(self) -> dict[Any, Any]:
-        return self.load() if self.data is None else self.data
-
-    def lose(self) -> bool:
-        """ Accept that the session ended elsewhere: nothing can bring it back. """
-        _log.info('session %s: a save was dropped, it was purged, regenerated or expired '
-                  'meanwhile', _public(self.name))
-        self.why = 'it was purged, regenerated or expired elsewhere during this request'
-        self.gone, self.id = True, None
-        return False
-
-    def hold(self, name: str) -> Any:
-        """ Take the session's lock; return what is stored, or None if it is gone. """
-        session = self.session
-        start = time.monotonic()
-        if not _turns.take(name, session.lock_timeout):
-            raise SessionBusy(_BUSY)
-        got = None
-        try:
-            got = session._patiently(lambda: self.lock(name), start)
-            if got:
-                self.held = name, got[0]
-        finally:
-            if not got:
-                _turns.give(name)
-        return got and got[1]
-
-    def lock(self, name: str) -> tuple[Any, Any] | None:
-        return self.session.store.lock(name)
-
-    def let_go(self) -> None:
-        if self.held:
-            (name, lock), self.held = self.held, None
-            try:
-                if lock is not None:
-                    self.session.store.unlock(name, lock)
-            except StoreError as error:
-                _log.warning('session %s: its lock ends by itself, it could not be released: %s',
-                             _public(name), error)
-            finally:
-                _turns.give(name)
-
-    def exit(self, error: BaseException | None) -> None:
-        """ Leave a `with` block: save after an answer, undo after a failure. """
-        if not self.depth:  # entered in another request
-            _raise_outside()
-        snapshot = self.snapshots.pop()
-        self.depth -= 1
-        try:
-            if error is not None and (not isinstance(error, HTTPResponse)
-                                      or isinstance(error, SessionError)):
-                self.restore(snapshot)
-            elif not self.depth:
-                self.save()
-        finally:
-            if not self.depth:
-                self.let_go()
-
-    def regenerate(self) -> None:
-        self.loaded()
-        self.exchange.must_be_open()
-        if not self.id:
-            self.save()  # its id is new
-            return
-        try:
-            if self.held or self.catch_up():
-                self.move()
-            else:
-                self.lose()
-        finally:
-            if not self.depth or self.held and self.held[0] != self.name:
-                self.let_go()
-
-    def catch_up(self) -> bool:
-        """ Take the session's lock and the newest data; tell whether it still exists. """
-        raise NotImplementedError
-
-    def move(self) -> None:
-        """ Store the session under a new id and remove the old one. """
-        raise NotImplementedError
-
-    def restore(self, snapshot: Any) -> None:
-        raise NotImplementedError
-
-    def save(self) -> bool:
-        raise NotImplementedError
-
-    def forget(self) -> None:
-        """ Remove the session from the store and the browser. """
-        session = self.session
-        if self.id:
-            names = [self.name]
-        else:
-            names = [_name_of(id) for id in self.ids()] if self.data is None else []
-        for name in names:
-            session.store.remove(name)
-        self.let_go()
-        self.id, self.gone = None, False
-        self.why = 'it was purged in this request'
-        if self.data is None:
-            self.data = {}
-        self.data.clear()
-        if self.cookie or _cookie_values(self.header, session.cookie_name):
-            self.tell('', 0)
-
-
-class _Live:
-    """ A session of the memory mode. """
-
-    __slots__ = 'data', 'times', 'ended'
-
-    def __init__(self, data: dict[Any, Any], times: _Times) -> None:
-        self.data = data
-        self.times = times
-        self.ended = False  # purged, or moved to a new id
-
-
-class _LiveVisit(_Visit):
-    """ A visit in memory mode: `data` is the stored dict itself. """
-
-    apart = False  # others may hold our dict: the store gets copies
-
-    def load(self) -> dict[Any, Any]:
-        session, now = self.session, self.session.clock()
-        for id in self.ids():
-            self.why = 'the session is unknown or expired'
-            self.name = _name_of(id)
-            live: Any = session.store.load(self.name)
-            if live is None:
-                continue
-            if session._ended(live.times, now):
-                session.store.remove(self.name)
-                continue
-            self.id, self.record, self.times = id, live, live.times
-            self.why = 'loaded'
-            if session._due(live.times, now):
-                self.times = live.times = live.times.used_at(now)
-                session.store.replace(self.name, b'', live, session._expires(live.times))
-                self.tell_id(now)
-            data: dict[Any, Any] = live.data
-            self.data = data
-            return data
-        self.data = {}
-        return self.data
-
-    def loaded(self) -> dict[Any, Any]:
-        if self.id and self.record.ended:  # by another request, which may go on with the dict
-            self.lose()
-            self.data = {}
-        return self.load() if self.data is None else self.data
-
-    def changed(self) -> bool:
-        data = self.loaded()
-        return not self.id and not self.gone and bool(data)
-
-    def save(self) -> bool:
-        if self.data is None:
-            return False
-        if self.changed():
-            self._keep()
-            return True
-        if self.id and self.apart:
-            self.record.data = dict(self.loaded())
-        return False
-
-    def _keep(self, created: float | None = None) -> None:
-        self.exchange.must_be_open()
-        id, data, now = _new_id(), self.loaded(), self.session.clock()
-        times = _Times(now if created is None else created, now, now).used_at(now)
-        live: Any = _Live(dict(data) if self.apart else data, times)
-        name = _name_of(id)
-        self.session.store.create(name, live, self.session._expires(times))
-        self.id, self.name, self.times, self.record = id, name, times, live
-        self.why = 'it was stored in this request'
-        self.tell_id(now)
-
-    def finish(self, environ: Mapping[str, Any], crashed: bool) -> None:
-        if not crashed:
-            self.save()
-
-    def purge(self) -> None:
-        self.loaded()
-        if self.id:
-            self.record.ended = self.apart = True
-        self.forget()
-        self.snapshots = [{} for _ in self.snapshots]
-
-    def catch_up(self) -> bool:
-        return self.hold(self.name) is not None
-
-    def move(self) -> None:
-        old, self.apart = self.record, True
-        self.session.store.remove(self.name)
-        self._keep(self.times.created)
-        old.ended = True
-
-    def lock(self, name: str) -> tuple[None, Any] | None:
-        live: Any = self.session.store.load(name)
-        if live is None or self.session._ended(live.times, self.session.clock()):
-            return None
-        return None, live  # our turn keeps others out
-
-    def enter(self) -> None:
-        data = self.loaded()
-        if not self.depth and self.id and not self.catch_up():
-            self.lose()
-            self.data = data = {}
-        self.snapshots.append(dict(data))
-        self.depth += 1
-
-    def restore(self, snapshot: dict[Any, Any]) -> None:
-        data = self.loaded()
-        for key in set(data) - set(snapshot):
-            data.pop(key, None)
-        data.update(snapshot)
-
-
-class _SealedVisit(_Visit):
-    """ A visit with a store that keeps bytes.
-
-        `plain` is what was stored, `before` a shallow copy of the data made of it:
-        where all values are the same and cannot change inside, nothing changed.
+        A list is one record, changed by compare-and-set alone. A session is
+        listed before it is stored: where a process dies in between, a name
+        without a session is left, which is harmless.
     """
 
-    seal: _Seal
-    plain: bytes
-    before: dict[Any, Any]
+    def __init__(self, store: Store, seal: _Seal) -> None:
+        self._store = store
+        self._seal = seal
 
-    def load(self) -> dict[Any, Any]:
-        return self._find(self._fetch)
+    def read(self, owner: str) -> dict[str, _Entry]:
+        """ Return what the lists under all secrets say: name -> entry. """
+        entries: dict[str, _Entry] = {}
+        for place in reversed(self._seal.lists(owner)):
+            entries.update(self._load(place)[1])
+        return entries
 
-    def _find(self, fetch: Callable[[_Seal, bytes], bytes | None]) -> dict[Any, Any]:
-        """ Take the first session that one of the cookies opens. """
-        session, now = self.session, self.session.clock()
-        for id in self.ids():
-            seal = _Seal(session._secrets, id)
-            stamp = seal.stamp(now) if session._touches else b''
-            record = fetch(seal, stamp)
-            if record is None:
-                self.why = 'the session is unknown, expired or was purged'
-                continue
-            try:
-                times, plain, data = self._open(seal, record, now)
-            except _Unreadable as error:
-                self._report(seal.name, error)
-                self.let_go()
-                continue
-            self.id, self.name, self.seal = id, seal.name, seal
-            self.why = 'loaded'
-            self.data = data
-            self._base(record, times, plain, data.copy())
-            noted = stamp and stamp == record[_VERSION:_SEALED]  # this use, by the store
-            if noted and not seal.is_old(record):
-                self.tell_id(now)
-            elif noted or session._due(times, now):
-                self._touch(now)
-            return data
-        self.data, self.plain, self.before = {}, b'', {}
-        return self.data
+    def enter(self, owner: str, name: str, entry: _Entry, like: str, durable: bool) -> None:
+        """ List a session under the newest secret, before it is stored.
 
-    def _fetch(self, seal: _Seal, stamp: bytes) -> bytes | None:
-        session = self.session
-        if not stamp:
-            return session.store.load(seal.name)
-        lifetime = min(session._lifetime, session._max_age or session._lifetime)
-        return session.store.load_and_touch(seal.name, stamp, lifetime, session._step)
+            :param like: the name whose entry it takes over, as far as `entry` has None.
+        """
+        newest, *older = self._seal.lists(owner)
+        known = {key: value for place in older for key, value in self._load(place)[1].items()}
 
-    def _fetch_locked(self, seal: _Seal, stamp: bytes) -> bytes | None:
-        record: bytes | None = self.hold(seal.name)
-        return record
+        def change(entries: dict[str, _Entry]) -> bool:
+            old = entries.get(like) or known.get(like) or _Entry(entry.used, 0, 0, '')
+            for stale in [key for key, value in entries.items()
+                          if value.expires + _MONTH < entry.used]:
+                del entries[stale]
+            entries[name] = entry._replace(
+                created=old.created if entry.created is None else entry.created,
+                note=old.note if entry.note is None else entry.note)
+            return True
 
-    def _open(self, seal: _Seal, record: bytes, now: float
-              ) -> tuple[_Times, bytes, dict[Any, Any]]:
-        """ Return (times, plain, data), or raise _Unreadable. """
-        times, plain = seal.open(record)
-        if self.session._ended(times, now):
-            raise _Expired('has expired')
-        return times, plain, self.session._loads(plain)
+        self._change(newest, change, durable)
+        if name in known:
+            self._leave(older, name)
 
-    def _report(self, name: str, error: _Unreadable) -> None:
-        self.why = 'the stored session ' + str(error)
-        level = _log.debug if isinstance(error, _Expired) else _log.warning
-        level('session %s %s; it is treated as absent', _public(name), error)
+    def leave(self, owner: str, name: str) -> None:
+        """ Take a session that ended out of the lists. """
+        try:
+            self._leave(self._seal.lists(owner), name)
+        except (StoreError, SessionBusy) as error:
+            _log.warning('session %s ended, and is listed until it expires: %s',
+                         _public(name), error)
 
-    def _base(self, record: bytes, times: _Times, plain: bytes, data: dict[Any, Any]) -> None:
-        """ Note what is stored. """
-        self.record, self.times, self.plain, self.before = record, times, plain, data
+    def revoke(self, owner: str, wanted: Callable[[str], bool]) -> int:
+        """ End the sessions with these names; return how many. It looks again until
+            no list changed meanwhile: they may get new ids while this runs. """
+        ended, again = 0, True
+        while again:
+            again = False
+            for place in self._seal.lists(owner):
+                record, entries = self._load(place)
+                going = [name for name in entries if wanted(name)]
+                for name in going:
+                    ended += self._end(name)
+                    del entries[name]
+                again |= bool(going) and not self._swap(place, record, entries, True)
+        return ended
 
-    def _touch(self, now: float) -> None:
-        """ Record this use; what prevents it is logged, the request goes on. """
-        if self.exchange.stage >= _SENT:
+    def trim(self, owner: str, newest: str, most: int, now: float) -> None:
+        """ End the sessions that were not used for longest, but for `most`. """
+        entries = self.read(owner)
+        if len(entries) <= most:
             return
-        session, times = self.session, self.times.used_at(now)
-        record = self.seal.seal(times, self.plain)
-        try:
-            stored = session.store.replace(self.name, self.record[:_VERSION], record,
-                                           session._expires(times), self.token)
-        except StoreError as error:
-            _log.warning('session %s: its use could not be recorded: %s',
-                         _public(self.name), error)
-        except SessionBusy:
-            _log.debug('session %s is held: its use is recorded later', _public(self.name))
-        else:
-            if stored == record:
-                self.record, self.times = record, times
-                self.tell_id(now)
+        names = sorted(entries, key=lambda name: (name == newest, entries[name].used), reverse=True)
+        living = [name for name in names if self.lives(name)]
+        surplus = set(living[most:])
+        dead = {name for name in names if entries[name].used + _BLOCK < now}.difference(living)
+        self.revoke(owner, (surplus | dead).__contains__)
 
-    @property
-    def token(self) -> Any:
-        """ What `Store.lock` gave, for `Store.replace`. """
-        return self.held[1] if self.held else None
+    def lives(self, name: str) -> bool:
+        """ Tell whether there is a session of this name. """
+        return (self._store.load(name) or b'')[:1] == _SESSION
 
-    def changes(self) -> bytes | None:
-        """ Return the data serialized if it differs from what is stored, else None. """
-        if not self.may_have_changed():
-            return None
-        plain = self._dumps()
-        if plain == self.plain:
-            return None
-        mine = self._loads_back(plain) if self.exposed else None
-        if self._surely_changed():
-            return plain
-        base = self.session._loads(self.plain)
-        return None if self._same(base, mine or self._loads_back(plain)) else plain
-
-    def may_have_changed(self) -> bool:
-        """ Tell without serializing whether any value is another object, or one
-            that can change inside and was given out. """
-        data, before = self.loaded(), self.before
-        if not (self.handled or self.exposed):
-            return False
-        if len(data) != len(before):
-            return True
-        for (key, value), (old_key, old) in zip(data.items(), before.items()):
-            if value is not old or key is not old_key or (
-                    self.exposed and type(value) not in _PLAIN):
-                return True
-        return False
-
-    def _surely_changed(self) -> bool:
-        """ Tell whether plain values are enough to see a change. """
-        data = self.loaded()
-        if data.keys() != self.before.keys():
-            return True
-        for key, old in self.before.items():
-            new = data[key]
-            if new is not old and type(old) in _PLAIN and type(new) in _PLAIN and (
-                    type(new) is not type(old) or old != new == new):  # not for a nan
-                return True
-        return False
-
-    def changed(self) -> bool:
-        if self.gone:
-            return False
-        return self.changes() is not None if self.id else bool(self.data)
-
-    def _same(self, one: Any, other: Any) -> bool:
-        try:
-            return _same(one, other, self.session._dumps, {})
-        except Exception as error:  # from methods of the user's classes
-            _log.debug('cannot compare two values, so it counts as a change: %s', error)
-            return False
-
-    def _dumps(self) -> bytes:
-        try:
-            return self.session._dumps(self.loaded())
-        except Exception as error:
-            self._blame(error)
-
-    def _loads_back(self, plain: bytes) -> dict[Any, Any]:
-        """ Return the data as it would be loaded; what does not load must not be stored. """
-        try:
-            return self.session._loads(plain)
-        except _Unreadable as error:
-            self._blame(error)
-
-    def _blame(self, error: Exception) -> NoReturn:
-        """ Raise a SessionError that names the value with which serializing fails. """
-        for key, value in self.loaded().items():
-            try:
-                self.session._loads(self.session._dumps({key: value}))
-            except Exception as reason:
-                raise SessionError(
-                    'session[%r] holds a value of type %s, which cannot be stored (%s). Keep '
-                    'plain values, or what identifies the object.'
-                    % (key, _kind(value), reason)) from error
-        raise SessionError('The session cannot be stored: %s' % error) from error
-
-    def _checked_dumps(self) -> bytes:
-        plain = self._dumps()
-        if self.exposed:
-            self._loads_back(plain)
-        return plain
-
-    def save(self) -> bool:
-        if self.data is None:
-            return False
-        self.saved = True
-        if not self.id:
-            if self.gone:
-                return self.may_have_changed() and self.lose()
-            if self.data:
-                self._become(*self._create(self.session.clock(), self._checked_dumps()))
-                self.why = 'it was stored in this request'
-            return bool(self.data)
-        plain = self.changes()
-        return plain is not None and self._update(plain)
-
-    def _create(self, created: float, plain: bytes, durable: bool = False) -> tuple[Any, ...]:
-        """ Store the data under a new id and return what `_become` takes. """
-        self.exchange.must_be_open()
-        session, now = self.session, self.session.clock()
-        seal, times = _Seal(session._secrets, _new_id()), _Times(created, now, now).used_at(now)
-        record = seal.seal(times, plain)
-        if not session.store.create(seal.name, record, session._expires(times), durable):
-            raise StoreError('The session store has this new session already.')
-        return seal, record, times, plain
-
-    def _become(self, seal: _Seal, record: bytes, times: _Times, plain: bytes) -> None:
-        self.id, self.name, self.seal = seal.id, seal.name, seal
-        self._stored(record, times, plain)
-        self.tell_id(times.used)
-
-    def _stored(self, record: bytes, times: _Times, plain: bytes) -> None:
-        self._base(record, times, plain, self.loaded().copy())
-        self.handled = False
-        self.snapshots = [plain for _ in self.snapshots]
-
-    def _update(self, plain: bytes) -> bool:
-        """ Write what changed on top of what is stored by now. """
-        session, store = self.session, self.session.store
-        now = session.clock()
-        if session._ended(self.times, now) and not self._absorb(store.load(self.name)):
-            return self.lose()
+    def _end(self, name: str) -> bool:
+        """ End a session; where there is none yet, see that there never is. """
         while True:
-            tell = session._due(self.times, now) and self.exchange.stage < _SENT
-            times = self.times.used_at(now, tell)
-            record = self.seal.seal(times, plain)
-            version, expires = self.record[:_VERSION], session._expires(times)
-            stored = session._in_turn(self.name, lambda: store.replace(
-                self.name, version, record, expires, self.token), bool(self.held))
-            if stored == record:
-                self._stored(record, times, plain)
-                if tell:
-                    self.tell_id(now)
-                return True
-            if not self._absorb(stored):
-                return self.lose()
-            if self.held:
-                _log.warning('session %s: its lock was lost to another request, the changes of '
-                             'both are merged', _public(self.name))
-            else:
-                _log.info('session %s: merged with a save of another request',
-                          _public(self.name))
-            merged = self.changes()
-            if merged is None:  # the other one wrote the same
+            record = self._store.load(name)
+            if record and record[:1] != _SESSION:
                 return False
-            plain = merged
+            if record:
+                if self._store.remove(name):
+                    return True
+            elif self._store.create(name, self._seal.seal_list(bytes(32), {}), time.time() + _BLOCK):
+                return False
 
-    def _absorb(self, record: bytes | None) -> bool:
-        """ Take over what is stored by now, beneath the changes of this request. """
+    def _leave(self, places: list[tuple[str, bytes]], name: str) -> None:
+        for place in places:
+            self._change(place, lambda entries: entries.pop(name, None) is not None, False)
+
+    def _load(self, place: tuple[str, bytes]) -> tuple[Any, dict[str, _Entry]]:
+        record = self._store.load(place[0])
         if record is None:
-            return False
+            return None, {}
         try:
-            times, plain, newest = self._open(self.seal, record, self.session.clock())
+            return record, {name: _Entry(*entry) for name, entry in
+                            self._seal.open_list(place[1], record).items()}
         except _Unreadable as error:
-            self._report(self.name, error)
-            return False
-        data, missing = self.loaded(), object()
-        base, mine = self.session._loads(self.plain), self._loads_back(self._dumps())
-        if mine.keys() != data.keys():  # json made text of other keys
-            data.clear()
-            data.update(mine)
-        before = dict(newest)
-        for key in {**base, **newest, **mine}:
-            old, own, new = (d.get(key, missing) for d in (base, mine, newest))
-            if self._same(old, own):  # not changed by this request
-                if new is missing:
-                    data.pop(key, None)
-                elif self._same(old, new):
-                    before[key] = data[key]
-                else:
-                    data[key] = new
-        self._base(record, times, plain, before)
-        return True
+            _log.warning('the list of an owner\'s log-ins %s; it is treated as empty', error)
+            return record, {}
 
-    def finish(self, environ: Mapping[str, Any], crashed: bool) -> None:
-        if self.data is None or crashed or not self.may_have_changed():
-            return
-        if self.session._saves_itself(environ):
-            self.save()
-        elif not self.saved:
-            self._warn_if_changed(environ.get('bottle.route'))
+    def _change(self, place: tuple[str, bytes], change: Callable[[dict[str, _Entry]], bool],
+                durable: bool) -> None:
+        """ Apply `change` to the entries; it says whether there is something to store. """
+        while True:
+            record, entries = self._load(place)
+            if not change(entries) or self._swap(place, record, entries, durable):
+                return
 
-    def _warn_if_changed(self, route: bottle.Route | None) -> None:
-        rule = route.rule if route else 'A request without a route'
-        if rule in self.session._warned:
-            return
+    def _swap(self, place: tuple[str, bytes], record: Any, entries: dict[str, _Entry],
+              durable: bool) -> bool:
+        """ Put this list in place of the one in `record`, if that is still stored. """
+        store, (name, key) = self._store, place
+        version = record and self._seal.version(record)
+        if not entries:
+            return not record or bool(_patiently(lambda: store.remove(name, version), 1.0))
+        new = self._seal.seal_list(key, entries)
+        expires = max(entry.expires for entry in entries.values())
+        if not record:
+            return bool(store.create(name, new, expires, durable))
+        stored = _patiently(lambda: store.replace(name, version, new, expires, None, durable), 1.0)
+        return bool(stored == new)
+
+
+def _patiently(attempt: Callable[[], Any], seconds: float) -> Any:
+    """ Call `attempt` until it is not busy, for so long. """
+    end = time.monotonic() + seconds
+    pause = 0.0005
+    while True:
         try:
-            changed = self.changed()
-        except SessionError:
-            changed = True
-        if changed:
-            self.session._warned.add(rule)
-            _log.warning('%s changed the session and did not save it: call session.save(), use '
-                         '"with session:", or app.install(session)', rule)
-
-    def purge(self) -> None:
-        self.forget()
-        self.plain, self.before = b'', {}
-        self.snapshots = [b'' for _ in self.snapshots]
-
-    def catch_up(self) -> bool:
-        return self._absorb(self.hold(self.name))
-
-    def move(self) -> None:
-        store, plain = self.session.store, self._checked_dumps()
-        new = self._create(self.times.created, plain, durable=True)
-        try:
-            moved = store.remove(self.name, self.record[:_VERSION])
-        except BaseException:
-            self._undo_create(new[0].name)
-            raise
-        if moved:
-            self._become(*new)
-        else:
-            self._undo_create(new[0].name)
-            self.lose()
-
-    def _undo_create(self, name: str) -> None:
-        try:
-            self.session.store.remove(name)
-        except StoreError as error:
-            _log.warning('session %s is left until it expires: %s', _public(name), error)
-
-    def enter(self) -> None:
-        try:
-            if not self.depth:
-                self._begin()
-            pending = self.changes() if self.id else self.data and self._dumps()
-            self.snapshots.append(pending or self.plain)
-        except BaseException:
-            if not self.depth:
-                self.let_go()
-            raise
-        self.depth += 1
-
-    def _begin(self) -> None:
-        if self.data is None:
-            self._find(self._fetch_locked)
-        elif self.id and not self.catch_up():
-            self.lose()
-            self.data.clear()
-            self.plain, self.before = b'', {}
-
-    def restore(self, snapshot: bytes) -> None:
-        data = self.loaded()
-        data.clear()
-        if snapshot:
-            data.update(self.session._loads(snapshot))
-        self.before = self.session._loads(self.plain) if self.plain else {}
-
-
-def _same(one: Any, other: Any, dumps: Callable[[Any], bytes],
-          seen: dict[tuple[int, int], Any]) -> bool:
-    """ Tell whether two values are equal, to their types: 1, 1.0 and True differ.
-
-        Equal bytes mean equal values, but equal values need not give equal bytes:
-        pickle also writes which parts are one and the same object. What is small is
-        looked through at once, which is faster.
-    """
-    kind = type(one)
-    if one is other or kind is not type(other):
-        return one is other
-    if kind in (str, int, bool, bytes):
-        return bool(one == other)
-    many = kind in (dict, list, tuple, set, frozenset)
-    if many and len(one) != len(other):
-        return False
-    if not (many and len(one) < 16) and dumps(one) == dumps(other):
-        return True
-    if kind in _PLAIN or kind in _BY_NAME:
-        return False
-    pair = id(one), id(other)
-    if pair in seen:  # a cycle: decided where it began
-        return True
-    seen[pair] = one, other  # kept, so that their ids stay theirs
-
-    def same(a: Any, b: Any) -> bool:
-        return _same(a, b, dumps, seen)
-
-    if kind is dict:
-        keys = {key: key for key in other}
-        return all(key in keys and same(key, keys[key]) and same(one[key], other[key])
-                   for key in one)
-    if kind in (list, tuple):
-        return all(map(same, one, other))
-    if kind in (set, frozenset):
-        values = {value: value for value in other}
-        return all(value in values and same(value, values[value]) for value in one)
-    return same(_parts(one), _parts(other))
-
-
-def _parts(value: Any) -> list[Any]:
-    """ Return what pickle would store of an object. """
-    reduce = copyreg.dispatch_table.get(type(value))
-    reduced = reduce(value) if reduce else value.__reduce_ex__(4)
-    if isinstance(reduced, str):
-        return [reduced]
-    return [list(part) if isinstance(part, Iterator) else part for part in reduced]
+            return attempt()
+        except SessionBusy:
+            left = end - time.monotonic()
+            if left <= 0:
+                raise
+        time.sleep(min(left, pause * random.uniform(0.5, 1.5)))
+        pause = min(2 * pause, 0.02)
 
 
 def _public(name: str) -> str:
@@ -1953,8 +1588,547 @@ def _public(name: str) -> str:
     return name[:16]
 
 
-def _kind(value: Any) -> str:
-    return type(value).__name__
+###############################################################################
+# Visit #######################################################################
+###############################################################################
+
+_DAY = 86400.0
+_MISSING = object()
+
+
+class _Visit:
+    """ What one visitor's session is in one request.
+
+        `payload` is what is stored, `before` a shallow copy of the data as it was
+        when this request first set or deleted a key, `lent` the keys of values
+        that somebody may have changed inside.
+    """
+
+    # Most requests change few of these, so the class holds the values at first.
+    data: dict[Any, Any] | None = None  # None: not asked for yet
+    id: str | None = None               # of the stored session
+    name = ''                           # in the store
+    record: Any = None                  # as it is stored
+    head = _NO_HEAD
+    payload: Any = None
+    older = False                       # an older secret sealed it
+    days = 0.0                          # what the head is to say, 0: as the constructor
+    permanent = -1                      # the same, -1: as the constructor
+    before: dict[Any, Any] | None = None
+    parsed: dict[Any, Any] | None = None  # the payload, loaded once more
+    ended = False                       # by another request: nothing can be stored
+    moved = False                       # and that only gave the session a new id
+    cookie: str | None = None           # what to tell the browser
+    why = 'the browser sent no cookie of ours'
+    depth = 0                           # of `with` blocks
+    snapshot: tuple[Any, float, int] = (None, 0.0, -1)  # what a failed block goes back to
+    held: tuple[str, Any, int] | None = None  # name, the store's lock, process
+
+    def __init__(self, session: Session, request: _Request) -> None:
+        self.session = session
+        self.request = request
+        self.lent: set[Any] = set()
+
+    # What is stored, and what changed
+
+    def ids(self) -> list[str]:
+        return _read_ids(self.request.environ.get('HTTP_COOKIE', ''), self.session.cookie_name)
+
+    def loaded(self) -> dict[Any, Any]:
+        return self.load() if self.data is None else self.data
+
+    def load(self) -> dict[Any, Any]:
+        return self._find(self.session.store.load)
+
+    def _find(self, fetch: Callable[[str], Any]) -> dict[Any, Any]:
+        """ Take the first living session that one of the cookies names. """
+        for id in self.ids():
+            name = self.session._seal.name(id)
+            record = fetch(name)
+            found = self._open(id, name, record)
+            if found:
+                self.id, self.name, self.why = id, name, 'loaded'
+                self._base(record, *found[:3])
+                self.ended = self.moved = False
+                self.data = data = found[3]
+                return data
+            self.let_go()
+        self.ended = self.moved
+        self.data = {}
+        return self.data
+
+    def _open(self, id: str, name: str, record: Any
+              ) -> tuple[_Head, Any, bool, dict[Any, Any]] | None:
+        """ Return (head, payload, whether an older secret sealed it, data) of a living
+            session, else None. """
+        session = self.session
+        if record is None:
+            self.why = 'the session is unknown, expired or was purged'
+            return None
+        try:
+            kind, head, payload, older = session._seal.open(id, record)
+            now = session.clock()
+            if kind == _MOVED:
+                self.moved = self.moved or now - head.used < _MARK
+                raise _Unreadable('has got a new id')
+            if session._has_ended(head, now):
+                raise _Unreadable('has expired')
+            return head, payload, older, session._seal.loads(payload)
+        except _Unreadable as error:
+            self.why = 'the stored session %s' % error
+            log = _log.debug if 'has ' in self.why else _log.warning
+            log('session %s %s; it is treated as absent', _public(name), error)
+            return None
+
+    def _base(self, record: Any, head: _Head, payload: Any, older: bool) -> None:
+        """ Note what is stored. """
+        self.record, self.head, self.payload, self.older = record, head, payload, older
+        self.days, self.permanent = head[2:4]
+        self.before = self.parsed = None
+
+    def writable(self) -> dict[Any, Any]:
+        """ Return the data for a change of keys. """
+        data = self.load() if self.data is None else self.data
+        if self.before is None:
+            self.before = data.copy()
+        return data
+
+    def changes(self) -> list[Any]:
+        """ Return the keys whose values differ from what is stored. """
+        data, before = self.loaded(), self.before
+        if before is None:
+            if not self.lent:
+                return []
+            before = data
+        changed = [key for key in before if key not in data]
+        return changed + [key for key in data if self._differs(key, data[key], before)]
+
+    def _differs(self, key: Any, value: Any, before: dict[Any, Any]) -> bool:
+        if key not in before:
+            return True
+        old = before[key]
+        if type(key) is not str and not any(_same(key, one) for one in before):
+            return True  # 1 became True
+        inside = not self.session._seal.keeps_values and type(old) not in _PLAIN
+        if value is old and not (inside and key in self.lent):
+            return False
+        return not _same(value, self._parsed().get(key, _MISSING) if inside else old)
+
+    def _parsed(self) -> dict[Any, Any]:
+        """ Return the data as they are stored, for comparing. """
+        if self.parsed is None:
+            self.parsed = self.session._seal.loads(self.payload) if self.id else {}
+        return self.parsed
+
+    def options_changed(self) -> bool:
+        return (self.days, self.permanent) != self.head[2:4]
+
+    def pending(self) -> Any:
+        """ Return the data serialized if they differ from what is stored, else None. """
+        changed = self.changes()
+        if not changed and not self.options_changed():
+            return None
+        payload = self._dumps(changed)
+        if changed and not self.options_changed() and not self.session._seal.keeps_values \
+                and payload == self.payload:  # json made a list of a tuple, say
+            return None
+        return payload
+
+    def dirty(self) -> bool:
+        data = self.loaded()
+        if self.ended:
+            return False
+        return self.pending() is not None if self.id else bool(data)
+
+    def _dumps(self, changed: Iterable[Any]) -> Any:
+        """ Return the data serialized. What does not load back must not be stored. """
+        data, seal = self.loaded(), self.session._seal
+        try:
+            payload = seal.dumps(data)
+            if not seal.certainly_loads({key: data[key] for key in changed if key in data}):
+                seal.loads(payload)
+        except Exception as error:
+            self._blame(error)
+        return payload
+
+    def _blame(self, error: Exception) -> NoReturn:
+        """ Raise a SessionError that names the value with which serializing fails. """
+        seal = self.session._seal
+        for key, value in self.loaded().items():
+            try:
+                seal.loads(seal.dumps({key: value}))
+            except Exception as reason:
+                raise SessionError(
+                    'session[%r] holds a value of type %s, which cannot be stored (%s). Keep '
+                    'plain values, or what identifies the object.'
+                    % (key, _kind(value), reason)) from error
+        raise SessionError('The session cannot be stored: %s' % error) from error
+
+    # Saving
+
+    def save(self) -> bool:
+        """ Store what this request changed, and tell whether that took a write. """
+        data = self.data
+        if data is None or self.request.is_crashing():
+            return False
+        if self.id:
+            payload = self.pending()
+            return payload is not None and self._update(payload)
+        if self.ended:
+            return bool(self.before is not None and self.changes()) and self.lose()
+        if data:
+            self._become(self._create(self._dumps(data)))
+            self.why = 'it was stored in this request'
+        return bool(data)
+
+    def _update(self, payload: Any) -> bool:
+        """ Write these data on top of what is stored by now. """
+        session = self.session
+        if session._has_ended(self.head, session.clock()) \
+                and not self._absorb(session.store.load(self.name)):
+            return self.lose()
+        while True:
+            stored = self._put(self._next_head(self.days, self.permanent), payload)
+            if stored is self.record:
+                self._settle()
+                return True
+            if self.held and stored:
+                _log.warning('session %s: its lock was lost to another request, the changes of '
+                             'both are merged', _public(self.name))
+            if not self._absorb(stored):
+                return self.lose()
+            payload = self.pending()
+            if payload is None:  # the other one wrote the same
+                return False
+
+    def _put(self, head: _Head, payload: Any) -> Any:
+        """ Store this version and return its record, or what is stored by now. """
+        session, seal = self.session, self.session._seal
+        assert self.id
+        record, expires = seal.seal(_SESSION, self.id, head, payload), session._expires(head)
+        told = head[1:4] != self.head[1:4]
+        if head.owner and (told or self.older):
+            session._owners.enter(head.owner, self.name, _Entry(None, head.used, expires, None),
+                                  self.name, False)
+        version, lock = seal.version(self.record), self.lock()
+        stored = self._wait(lambda: session.store.replace(self.name, version, record, expires, lock))
+        if stored is None or stored != record:
+            return stored
+        self.record, self.head, self.payload, self.older = record, head, payload, False
+        if told and not self.request.sent:
+            self._tell()
+        return record
+
+    def _settle(self) -> None:
+        """ Note that the data are what is stored. """
+        self.before, self.parsed = self.loaded().copy(), None
+        self.snapshot = self.payload, self.days, self.permanent
+
+    def _absorb(self, record: Any) -> bool:
+        """ Take over what is stored by now, beneath the changes of this request; tell
+            whether the session still exists. """
+        assert self.id
+        found = self._open(self.id, self.name, record or None)
+        if not found or record == self.record:
+            return bool(found)
+        data, old, changed = self.loaded(), self._parsed(), set(self.changes())
+        newest = found[3]
+        before = newest.copy()
+        for key in {**old, **newest, **data}:
+            was, mine, new = (d.get(key, _MISSING) for d in (old, data, newest))
+            theirs = not _same(was, new)
+            if key in changed:
+                if theirs and not _same(mine, new):
+                    _log.warning('session %s: two requests changed %r at once, and the later one '
+                                 'won: use "with session:" where the new value depends on the '
+                                 'old one', _public(self.name), key)
+            elif new is _MISSING:
+                data.pop(key, None)
+            elif theirs:
+                data[key] = new
+            else:
+                before[key] = mine
+        if changed:
+            _log.info('session %s: merged with a save of another request', _public(self.name))
+        own = [mine if mine != was else None
+               for mine, was in zip((self.days, self.permanent), self.head[2:4])]
+        self._base(record, *found[:3])
+        self.days = self.days if own[0] is None else own[0]
+        self.permanent = self.permanent if own[1] is None else int(own[1])
+        self.before = before
+        return True
+
+    def lose(self) -> bool:
+        """ Accept that the session ended elsewhere: nothing can bring it back. """
+        if self.id:
+            _log.info('session %s: a save was dropped, it was purged, regenerated or expired '
+                      'meanwhile', _public(self.name))
+            self.why = 'it was purged, regenerated or expired elsewhere during this request'
+            self.moved = False
+        self.ended, self.id = True, None
+        return False
+
+    def _next_head(self, days: float, permanent: int) -> _Head:
+        """ Return the head that a save writes now. It records the use when that is due,
+            and mends what a wrong clock left. """
+        created, used, _, _, owner = self.head
+        now = self.session.clock()
+        if not self.request.sent and (self.session._is_due(self.head, now)
+                                      or (days, permanent) != self.head[2:4]):
+            used = now if used - now > _MONTH else max(used, now)
+            created = now if created - now > _MONTH else created
+        return _Head(created, used, days, permanent, owner)
+
+    def touch(self) -> None:
+        """ Record this use when that is due; what prevents it is logged, not raised. """
+        if not self.id:
+            return
+        head = self._next_head(*self.head[2:4])
+        if head != self.head:
+            try:
+                self._put(head, self.payload)
+            except (StoreError, SessionBusy) as error:
+                _log.warning('session %s: its use could not be recorded: %s',
+                             _public(self.name), error)
+
+    # New ids, and the end
+
+    def _create(self, payload: Any, created: float | None = None, owner: str | None = None,
+                entry: _Entry | None = None, like: str = '', durable: bool = False) -> _Visit:
+        """ Store the data under a new id, and return a visit that has it. """
+        if self.request.sent:
+            raise SessionError('Headers sent: a new session or id cannot be told to the browser '
+                               'any more. Save before the first chunk is yielded.')
+        session, seal, now = self.session, self.session._seal, self.session.clock()
+        head = _Head(now if created is None else created, now, self.days, self.permanent, owner)
+        expires = session._expires(head)
+        new = _Visit(session, self.request)
+        while True:
+            new.id = _new_id()
+            new.name = seal.name(new.id)
+            if owner and entry:
+                session._owners.enter(owner, new.name, entry._replace(used=now, expires=expires),
+                                      like, True)
+            new._base(seal.seal(_SESSION, new.id, head, payload), head, payload, False)
+            if session.store.create(new.name, new.record, expires, durable):
+                return new  # else a revoke() blocked the name: begin again
+
+    def _become(self, new: _Visit) -> None:
+        """ Go on as the session that `_create` stored. """
+        self.id, self.name, self.ended, self.moved = new.id, new.name, False, False
+        self._base(new.record, new.head, new.payload, False)
+        self._settle()
+        self._tell()
+
+    def regenerate(self, owner: str | None = None, note: str | None = None) -> None:
+        """ Give the session a new id, and with `owner` that owner. """
+        data = self.loaded()
+        entry = _Entry(self.session.clock() if owner else None, 0.0, 0.0, note)
+        if self.id and self._move(owner or self.head.owner, entry):
+            return
+        if self.ended and not self.moved:
+            if not owner:
+                return
+            data.clear()  # a log-in begins anew, without what somebody logged out of
+        if data or owner:
+            self._become(self._create(self._dumps(data), None, owner, entry, '', True))
+            self.why = 'it was stored in this request'
+
+    def _move(self, owner: str | None, entry: _Entry) -> bool:
+        """ Store the session under a new id and end the old one; False if it is gone. """
+        session, seal = self.session, self.session._seal
+        try:
+            while True:
+                new = self._create(self._dumps(self.changes()), self.head.created, owner, entry,
+                                   self.name, True)
+                now = session.clock()
+                mark = seal.seal(_MOVED, self.id, _NO_HEAD._replace(created=now, used=now))
+                version, lock = seal.version(self.record), self.lock()
+                try:
+                    stored = self._wait(lambda: session.store.replace(
+                        self.name, version, mark, now + _MARK, lock, True))
+                except BaseException as error:
+                    if getattr(error, 'maybe_done', False):
+                        self._become(new)  # the old id may be dead
+                    else:
+                        self._undo(new)
+                    raise
+                if stored == mark:
+                    old_name, old_owner = self.name, self.head.owner
+                    self._become(new)
+                    if old_owner:
+                        session._owners.leave(old_owner, old_name)
+                    return True
+                self._undo(new)
+                if not self._absorb(stored) or not self._absorb(self._locked(self.name)):
+                    return self.lose()
+        finally:
+            if self.held and (not self.depth or self.held[0] != self.name):
+                self.let_go()
+
+    def _undo(self, new: _Visit) -> None:
+        try:
+            self.session.store.remove(new.name)
+        except StoreError as error:
+            _log.warning('session %s is left until it expires: %s', _public(new.name), error)
+        if new.head.owner:
+            self.session._owners.leave(new.head.owner, new.name)
+
+    def purge(self) -> None:
+        """ End every session that a cookie of this request names. """
+        session = self.session
+        owners = {self.name: self.head.owner} if self.id else {}
+        for id in self.ids():
+            name = session._seal.name(id)
+            if name not in owners:
+                owners[name] = self._owner_of(id, name)
+        for name in owners:
+            session.store.remove(name)
+        for name, owner in owners.items():
+            if owner:
+                session._owners.leave(owner, name)
+        self.let_go()
+        self.id, self.ended, self.moved, self.why = None, False, False, 'it was purged in this request'
+        self._base(None, _NO_HEAD, None, False)
+        self.snapshot = _Visit.snapshot
+        self.data = self.data or {}
+        self.data.clear()
+        if self.cookie or _cookie_values(self.request.environ.get('HTTP_COOKIE', ''),
+                                         session.cookie_name):
+            self.cookie = session._cookie.line(_is_https(self.request.environ), '', 0)
+
+    def _owner_of(self, id: str, name: str) -> str | None:
+        """ Return the owner of a session, also of one whose data cannot be loaded. """
+        record = self.session.store.load(name)
+        if record:
+            with suppress(_Unreadable):
+                owner: str | None = self.session._seal.open(id, record)[1].owner
+                return owner
+        return None
+
+    def _tell(self) -> None:
+        """ Have the browser told of the id. """
+        session = self.session
+        max_age = session._expires(self.head) - session.clock() if self.is_permanent() else None
+        assert self.id
+        self.cookie = session._cookie.line(_is_https(self.request.environ), self.id, max_age)
+
+    def is_permanent(self) -> bool:
+        return self.session._permanent if self.permanent < 0 else bool(self.permanent)
+
+    # Locks, and `with`
+
+    def lock(self) -> Any:
+        """ Return what `Store.lock` gave, for `Store.replace`. A forked child has none. """
+        if self.held and self.held[0] == self.name and self.held[2] == os.getpid():
+            return self.held[1]
+        return None
+
+    def let_go(self) -> None:
+        if self.held:
+            (name, lock, process), self.held = self.held, None
+            try:
+                if process == os.getpid():
+                    self.session.store.unlock(name, lock)
+            except StoreError as error:
+                _log.warning('session %s: its lock ends by itself, it could not be released: %s',
+                             _public(name), error)
+
+    def _locked(self, name: str) -> Any:
+        """ Take the session's lock; return what is stored, or None if it is gone. """
+        def take() -> Any:
+            got = self.session.store.lock(name)
+            if got:
+                self.held = name, got[0], os.getpid()
+            return got and got[1]
+        return self._wait(take)
+
+    def _wait(self, attempt: Callable[[], Any]) -> Any:
+        """ Call `attempt` until no other request holds the session. """
+        try:
+            return _patiently(attempt, self.session.lock_timeout)
+        except SessionBusy:
+            _log.warning('%s: another request holds this session for more than %s seconds',
+                         self.request.rule(), self.session.lock_timeout)
+            raise
+
+    def enter(self) -> None:
+        """ Begin a `with` block: take the lock and read the newest data. """
+        if not self.depth:
+            try:
+                self._begin()
+            except BaseException:
+                self.let_go()
+                raise
+        self.depth += 1
+
+    def _begin(self) -> None:
+        if self.data is None:
+            self._find(self._locked)
+        elif self.id and not self._absorb(self._locked(self.name)):
+            self.lose()
+            self.data.clear()
+            self._base(None, _NO_HEAD, None, False)
+        payload = self.pending() if self.id else self.data and self._dumps(self.data)
+        self.snapshot = payload or self.payload, self.days, self.permanent
+
+    def exit(self, error: BaseException | None) -> None:
+        """ End a `with` block: save after an answer, undo after a failure. """
+        if not self.depth:  # entered in another request
+            _raise_outside()
+        self.depth -= 1
+        if self.depth:
+            return
+        try:
+            if error is None or isinstance(error, HTTPResponse) \
+                    and not isinstance(error, SessionError):
+                self.save()
+            else:
+                self.restore()
+        finally:
+            self.let_go()
+
+    def restore(self) -> None:
+        """ Go back to the snapshot. """
+        payload, self.days, self.permanent = self.snapshot
+        data = self.loaded()
+        data.clear()
+        if payload is not None:
+            data.update(self.session._seal.loads(payload))
+        self.before = self._parsed().copy()
+
+    def roll_back(self) -> None:
+        """ Forget what a route that crashed did not save. """
+        if self.data is not None:
+            self.snapshot = self.payload, *self.head[2:4]
+            self.restore()
+
+    # The end of the request
+
+    def finish(self, crashed: bool, saves: bool) -> None:
+        """ Save what changed, or warn of it, before the headers leave. """
+        if self.data is None:
+            return
+        if not crashed and (self.before is not None or self.lent):
+            if saves:
+                self.save()
+            else:
+                self._warn_if_changed()
+        if not self.request.sent:
+            self.touch()
+
+    def _warn_if_changed(self) -> None:
+        rule = self.request.rule()
+        if rule in self.session._warned:
+            return
+        try:
+            changed = self.dirty()
+        except SessionError:
+            changed = True
+        if changed:
+            self.session._warned.add(rule)
+            _log.warning('%s changed the session and did not save that: call session.save() after '
+                         'the last change, use "with session:", or app.install(session)', rule)
 
 
 ###############################################################################
@@ -1966,7 +2140,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     """ The sessions of an app: one object for all visitors and threads.
 
         In a request it is a mapping of this visitor's data. Nothing of a visitor
-        is kept on the object: it lives in the request's WSGI environ.
+        is kept on the object: it lives and dies with the request.
 
         :param secret: str or bytes that nobody else knows, or a list of them: the
             first one seals, all of them open, so that secrets can be changed.
@@ -1976,9 +2150,12 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         :param mode: ``'memory'``, ``'file'``, a URL (``redis://``, ``rediss://``,
             ``valkey://``, ``unix://``; ``'redis'`` is the one on this host), or a
             Store.
-        :param days: a session ends this long after its last use.
+        :param days: a session ends this long after its last use, which is recorded
+            once per 1/30 of it.
         :param max_days: and this long after it began, however much it is used
-            (OWASP ASVS 3.3.2); None: never for that reason.
+            (OWASP ASVS 5.0, 7.3.2); None: never for that reason.
+        :param permanent: True: the cookie outlives the browser. False: the browser
+            forgets it when it closes.
         :param secure: whether the cookie is for https only; None: if the request
             that it answers came by https, as Bottle sees it.
         :param httponly: keep the cookie from the page's scripts.
@@ -1986,8 +2163,11 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             the cookie comes with requests from other sites.
         :param path: the part of the host that the cookie is for.
         :param domain: a domain whose hosts all get the cookie; None: only this one.
+        :param partitioned: True for a page in somebody else's frame (CHIPS).
         :param lock_timeout: seconds that ``with session:`` waits for another
             request of the same visitor before it raises SessionBusy.
+        :param max_logins: how many sessions one owner has at most, see `login`;
+            None: any number.
         :param serializer: has ``dumps`` and ``loads``, like the modules json,
             marshal or msgspec.msgpack. The memory mode needs none.
 
@@ -1997,40 +2177,45 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     #: The plugin interface of Bottle that `apply` follows.
     api = 2
 
+    __slots__ = ('_cookie', '_days', '_permanent', '_max_age', '_max_logins', '_lock_timeout',
+                 '_store', '_seal', '_owners', '_warned', 'clock', '__weakref__')
+
     def __init__(self, secret: Secret | Iterable[Secret],
                  sessions_dir: str | os.PathLike[str] = './sessions',
                  cookie_name: str = 'bsession', mode: str | Store = 'memory', days: float = 30, *,
-                 max_days: float | None = None, secure: bool | None = None,
-                 httponly: bool = True, samesite: str | None = 'lax', path: str = '/',
-                 domain: str | None = None, lock_timeout: float = 10.0,
-                 serializer: Any = pickle) -> None:
-        self._secrets = _Secrets(secret)
-        self._cookie = _Cookie(cookie_name, secure, httponly, samesite, path, domain)
-        self._lifetime = _seconds('days', days)
-        self._max_age = None if max_days is None else _seconds('max_days', max_days)
-        self._step = self._lifetime / 30
-        if not isinstance(lock_timeout, (int, float)) or not 0 <= lock_timeout <= 86400:
-            raise ValueError('lock_timeout=%r: use a number of seconds, 0 or more'
-                             % (lock_timeout,))
-        #: Seconds that ``with session:`` waits for another request of the visitor.
+                 max_days: float | None = None, permanent: bool = True,
+                 secure: bool | None = None, httponly: bool = True,
+                 samesite: str | None = 'lax', path: str = '/', domain: str | None = None,
+                 partitioned: bool = False, lock_timeout: float = 10.0,
+                 max_logins: int | None = 100, serializer: Any = pickle) -> None:
+        secrets = _check_secrets(secret)
+        self._cookie = _Cookie(cookie_name, secure, httponly, samesite, path, domain, partitioned)
+        self._days = _check_days('days', days)
+        self._max_age = math.inf if max_days is None else _check_days('max_days', max_days) * _DAY
+        self._permanent = _check_flag('permanent', permanent)
         self.lock_timeout = lock_timeout
-        #: Where the sessions are.
-        self.store = _make_store(mode, sessions_dir)
+        self._max_logins = _check_max_logins(max_logins)
+        self._store = _make_store(mode, sessions_dir)
+        _check_serializer(serializer)
+        self._seal = (_Keeper if self._store.keeps_objects else _Seal)(
+            secrets, cookie_name, serializer)
+        self._owners = _Owners(self._store, self._seal)
+        self._warned: set[Any] = set()
         #: Returns the time in seconds since the epoch. Tests may replace it:
         #: ``session.clock = lambda: time.time() + 31 * 86400``.
-        self.clock: Callable[[], float] = lambda: time.time()
-        #: The name of the cookie.
-        self.cookie_name = cookie_name
-        #: The plugin's name, 'session' or 'session:' and another cookie's name.
-        self.name = 'session' if cookie_name == 'bsession' else 'session:' + cookie_name
-        self._visit_type: type[_LiveVisit] | type[_SealedVisit] = _LiveVisit
-        if not self.store.keeps_objects:
-            self._visit_type = _SealedVisit
-            self._secrets.load_cipher()
-        self._touches = type(self.store).load_and_touch is not Store.load_and_touch
-        self._dumps, self._deserialize = _check_serializer(serializer)
-        self._warned: set[Any] = set()
-        self._apps: weakref.WeakSet[bottle.Bottle] = weakref.WeakSet()
+        self.clock: Callable[[], float] = time.time
+        if _current.get(None):
+            warnings.warn('a Session was made while a request runs: make one for all requests, '
+                          'at the top level of the module', UserWarning, 2)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not hasattr(type(self), name):
+            raise AttributeError(
+                'session.%s would be the same for all visitors: write session[%r] = ...%s' % (
+                    name, name, ', or session.login(owner)' if name == 'owner' else ''))
+        if name == 'owner':
+            raise AttributeError('session.owner cannot be set: call session.login(owner)')
+        super().__setattr__(name, value)
 
     # What a request does
 
@@ -2045,8 +2230,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         """ The visitor's data, the same dict for the whole request. Setting it
             replaces the content. """
         visit = self._visit()
-        visit.handled = visit.exposed = True
-        data: dict[Any, Any] = visit.loaded()
+        data: dict[Any, Any] = visit.writable()
+        visit.lent.update(data)
         return data
 
     @data.setter
@@ -2054,6 +2239,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         content, data = dict(content), self.data
         data.clear()
         data.update(content)
+        self._visit().lent.update(content)
 
     def save(self) -> bool:
         """ Write what changed, if anything did, and tell whether that was so.
@@ -2062,18 +2248,15 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             version. After a log-out elsewhere nothing is written. SessionError for
             a value that cannot be serialized, SessionBusy after `lock_timeout`
             seconds in another request's ``with`` block, StoreError if the store
-            fails. In memory mode only a new session needs to be kept, which also
-            happens at the end of the request. In a hook that runs after the route
-            crashed nothing is written.
+            fails. In memory mode it happens at the end of the request by itself. In
+            a hook that runs after the route crashed nothing is written.
         """
-        return not _crashed() and bool(self._visit().save())
+        return bool(self._visit().save())
 
     @property
     def dirty(self) -> bool:
         """ Whether `save()` would write. """
-        visit = self._visit()
-        visit.loaded()
-        return bool(visit.changed())
+        return bool(self._visit().dirty())
 
     def purge(self) -> None:
         """ End the session, for log-out: it is gone from the store, durably, and
@@ -2088,8 +2271,10 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def regenerate(self) -> None:
         """ Give the session a new id and keep its data, with what was not saved
             yet. Call it at log-in, so that an id planted before is worth nothing
-            (session fixation, OWASP ASVS 3.2.1). The old id is dead when this
-            returns; StoreError changes nothing. """
+            (session fixation, OWASP ASVS 5.0, 7.2.4). The old id is dead when this
+            returns; for a minute, requests that still come with it read as empty
+            and store nothing. StoreError changes nothing, or, where the server fell
+            silent, tells the browser the new id. """
         self._visit().regenerate()
 
     @property
@@ -2100,23 +2285,72 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         visit.loaded()
         return _public(visit.name) if visit.id else None
 
+    @property
+    def created(self) -> datetime | None:
+        """ When the session began (UTC); None when there is no stored session. """
+        return self._time('created')
+
+    @property
+    def used(self) -> datetime | None:
+        """ When its last use was recorded (UTC); None when there is no stored session. """
+        return self._time('used')
+
+    def _time(self, which: str) -> datetime | None:
+        visit = self._visit()
+        visit.loaded()
+        return _utc(getattr(visit.head, which)) if visit.id else None
+
+    @property
+    def days(self) -> float:
+        """ How long this session lives after its last use. Setting it is a change
+            of this session, to be saved; alone it begins none. """
+        visit = self._visit()
+        visit.loaded()
+        return visit.days or self._days
+
+    @days.setter
+    def days(self, days: float) -> None:
+        days = _check_days('days', days)
+        visit = self._visit()
+        visit.writable()
+        if days != (visit.days or self._days):
+            visit.days = days
+
+    @property
+    def permanent(self) -> bool:
+        """ Whether this session's cookie outlives the browser; to be set like `days`. """
+        visit = self._visit()
+        visit.loaded()
+        return bool(visit.is_permanent())
+
+    @permanent.setter
+    def permanent(self, permanent: bool) -> None:
+        permanent = _check_flag('permanent', permanent)
+        visit = self._visit()
+        visit.writable()
+        if permanent != visit.is_permanent():
+            visit.permanent = int(permanent)
+
     def explain(self) -> str:
         """ Return why the session is what it is, in one sentence, for debugging. """
         visit = self._visit()
         visit.loaded()
+        why_not = self._cookie.why_not_sent(visit.request.environ)
         if not visit.id:
-            return 'There is no stored session: %s.' % visit.why
-        if visit.why != 'loaded':
-            return 'Session %s is new: %s.' % (self.id, visit.why)
+            why = visit.why
+            if why_not and why == _Visit.why:
+                why += '; it cannot send it here: ' + why_not
+            return 'There is no stored session: %s.' % why
         text = 'Session %s was loaded; it began %s ago and holds %d keys' % (
-            self.id, timedelta(seconds=int(max(0, self.clock() - visit.times.created))),
-            len(visit.loaded()))
-        if isinstance(visit, _SealedVisit):
-            text += ' in %d bytes' % len(visit.plain)
-            if visit.seal.is_old(visit.record):
-                text += ', opened with an older secret'
-            if visit.changed():
-                text += ', and was changed since: save() would write'
+            self.id, timedelta(seconds=int(max(0, self.clock() - visit.head.created))), len(self))
+        if visit.why != 'loaded':
+            text = 'Session %s is new: %s' % (self.id, visit.why)
+        if why_not:
+            text += ', but the browser cannot send its cookie here: ' + why_not
+        if visit.older:
+            text += ', opened with an older secret'
+        if visit.dirty():
+            text += ', and was changed since: save() would write'
         return text + '.'
 
     def __enter__(self) -> Session:
@@ -2127,29 +2361,97 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         self._visit().enter()
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._visit().exit(error)
+
+    # Whose sessions these are
+
+    def login(self, owner: str, note: str = '') -> None:
+        """ Give the session a new id, as `regenerate` does, and from now on this owner.
+
+            :param owner: the user's stable name, taken as it is.
+            :param note: for `logins`, the user agent for example; cut at 500 characters.
+        """
+        _check_owner(owner)
+        if not isinstance(note, str):
+            raise TypeError('note must be a str, not %s' % _kind(note))
+        visit = self._visit()
+        visit.regenerate(owner, note[:500])
+        if self._max_logins:
+            try:
+                self._owners.trim(owner, visit.name, self._max_logins, self.clock())
+            except (StoreError, SessionBusy) as error:
+                _log.warning('the surplus log-ins of an owner were not ended: %s', error)
+
+    @property
+    def owner(self) -> str | None:
+        """ Who logged in with `login`, or None. """
+        visit = self._visit()
+        visit.loaded()
+        owner: str | None = visit.head.owner if visit.id else None
+        return owner
+
+    def logins(self, owner: str | None = None) -> list[Login]:
+        """ Return the living sessions of this visitor's owner, or of another: named
+            tuples (id, created, used, note, here), most recently used first. `created`
+            is when that `login` was, `used` as last recorded, `here` this request's.
+            With `owner` it works outside of requests, too. """
+        if owner is not None:
+            _check_owner(owner)
+        here = self._own_name(owner)
+        owner = owner or self.owner
+        if not owner:
+            return []
+        now = self.clock()
+        found = [Login(_public(name), _utc(entry.created), _utc(entry.used), entry.note,
+                       name == here)
+                 for name, entry in self._owners.read(owner).items()
+                 if entry.expires > now and self._owners.lives(name)]
+        return sorted(found, key=lambda login: (login.used, login.created), reverse=True)
+
+    def revoke(self, owner: str, *id: str) -> int:
+        """ End all sessions of this owner, for "log out everywhere", or the one with
+            this `id`, as `logins` gives it; return how many. They are ended as by
+            `purge()`. It works outside of requests, too. """
+        _check_owner(owner)
+        if len(id) > 1 or id and not isinstance(id[0], str):
+            raise TypeError('revoke(owner, id) needs an id of logins(), a str; revoke(owner) ends '
+                            'all sessions of the owner')
+        here = self._own_name(owner)
+        ended = self._owners.revoke(owner, lambda name: not id or _public(name) == id[0])
+        if here and (not id or _public(here) == id[0]):
+            self.purge()
+        return ended
+
+    def revoke_others(self) -> int:
+        """ End all sessions of this visitor's owner but this request's; return how many. """
+        owner, here = self.owner, self._visit().name
+        return self._owners.revoke(owner, lambda name: name != here) if owner else 0
+
+    def _own_name(self, owner: str | None) -> str:
+        """ Return the name of this request's session if it is this owner's, or ''. """
+        if owner is not None and not _current.get(None):
+            return ''
+        return str(self._visit().name) if owner in (None, self.owner) else ''
 
     # The mapping
 
     def __getitem__(self, key: Any) -> Any:
         visit = self._visit()
-        value = visit.loaded()[key]
+        data = visit.data
+        value = (visit.load() if data is None else data)[key]
         if type(value) not in _PLAIN:
-            visit.exposed = True
+            visit.lent.add(key)
         return value
 
     def __setitem__(self, key: Any, value: Any) -> None:
         visit = self._visit()
-        visit.loaded()[key] = value
-        visit.handled = True
+        visit.writable()[key] = value
         if type(value) not in _PLAIN:
-            visit.exposed = True
+            visit.lent.add(key)
 
     def __delitem__(self, key: Any) -> None:
-        visit = self._visit()
-        del visit.loaded()[key]
-        visit.handled = True
+        del self._visit().writable()[key]
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._visit().loaded())
@@ -2164,7 +2466,10 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         return key in self._visit().loaded()
 
     def get(self, key: Any, default: Any = None, /) -> Any:
-        return self[key] if key in self else default
+        value = self._visit().loaded().get(key, default)
+        if type(value) not in _PLAIN:
+            self._visit().lent.add(key)
+        return value
 
     def keys(self) -> Any:
         return self.data.keys()
@@ -2182,10 +2487,14 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         return self.data.popitem()
 
     def setdefault(self, key: Any, default: Any = None, /) -> Any:
-        return self.data.setdefault(key, default)
+        value = self.data.setdefault(key, default)
+        self._visit().lent.add(key)
+        return value
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        self.data.update(*args, **kwargs)
+        new = dict(*args, **kwargs)
+        self.data.update(new)
+        self._visit().lent.update(new)
 
     def copy(self) -> dict[Any, Any]:
         return self.data.copy()
@@ -2197,7 +2506,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         return {**other, **self.data} if isinstance(other, Mapping) else NotImplemented
 
     def __ior__(self, other: Any) -> Session:  # type: ignore[misc]
-        self.data.update(other)
+        self.update(other)
         return self
 
     def __reversed__(self) -> Iterator[Any]:
@@ -2215,12 +2524,40 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def __repr__(self) -> str:
         return '<%s %r in %s>' % (_kind(self), self.cookie_name, _kind(self.store))
 
-    # Outside of a request
+    # About the object
+
+    @property
+    def name(self) -> str:
+        """ The plugin's name, 'session' or 'session:' and another cookie's name. """
+        name = self._cookie.name
+        return 'session' if name == 'bsession' else 'session:' + name
+
+    @property
+    def cookie_name(self) -> str:
+        """ The name of the cookie. """
+        return self._cookie.name
+
+    @property
+    def store(self) -> Store:
+        """ Where the sessions are. """
+        return self._store
+
+    @property
+    def lock_timeout(self) -> float:
+        """ Seconds that ``with session:`` waits for another request of the visitor. """
+        return self._lock_timeout
+
+    @lock_timeout.setter
+    def lock_timeout(self, seconds: float) -> None:
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) \
+                or not 0 <= seconds <= 86400:
+            raise ValueError('lock_timeout=%r: use a number of seconds, 0 or more' % (seconds,))
+        self._lock_timeout = seconds
 
     def sweep(self, progress: Progress = None) -> int:
         """ Remove all sessions that have expired and return how many; requests
-            remove them too, little by little. """
-        return self.store.sweep(self.clock(), progress)
+            remove them too, little by little. It works outside of requests. """
+        return self.store.sweep(self.clock(), progress)[0]
 
     def issue_cookie(self, data: Mapping[Any, Any]) -> dict[str, str]:
         """ Store a session with this data and return its cookie, {name: value}.
@@ -2230,9 +2567,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
                 requests.get(url, cookies=session.issue_cookie({'user': 'joe'}))
                 webtest.TestApp(app).set_cookie(*session.issue_cookie(...).popitem())
         """
-        visit = self._visit_type(self, {}, _Exchange({}, wrapped=True))
-        visit.load().update(data)
-        visit.handled = visit.exposed = True
+        visit = _Visit(self, _Request(None, {}, None))
+        visit.writable().update(data)
         if not visit.save():
             raise ValueError('issue_cookie() needs some data: an empty session is not stored')
         assert visit.id
@@ -2240,80 +2576,38 @@ class Session(MutableMapping):  # type: ignore[type-arg]
 
     # For a visit
 
-    def _visit(self) -> Any:
+    def _visit(self) -> _Visit:
         """ Return this request's visit. """
         try:
-            environ = request.environ
-        except RuntimeError:
-            _raise_outside()
-        exchange = environ.get(_EXCHANGE)
-        if exchange is None or exchange.stage or exchange.place != id(environ):
-            return _join(self, environ)
-        return exchange.visits.get(self) or _join(self, environ)
+            request = _current.get()
+            visit: _Visit = request.visits[self]
+        except LookupError:
+            return _begin_visit(self)
+        if _CRASH in request.environ and not request.crashed:
+            request.roll_back()
+        return visit
 
-    def _ended(self, times: _Times, now: float) -> bool:
-        created, used, told = times
-        return bool(now - used >= self._lifetime or (
-            self._max_age is not None and now - created >= self._max_age))
+    def _has_ended(self, head: _Head, now: float) -> bool:
+        return bool(now - head[1] >= (head[2] or self._days) * _DAY
+                    or now - head[0] >= self._max_age)
 
-    def _due(self, times: _Times, now: float) -> bool:
+    def _is_due(self, head: _Head, now: float) -> bool:
         """ Tell whether a use must be recorded, or times that a wrong clock left. """
-        created, used, told = times  # created <= used
-        return bool(now - told >= self._step or used - now > 300)
+        age = now - head[1]
+        return bool(age >= (head[2] or self._days) * (_DAY / 30) or age < -_MONTH)
 
-    def _expires(self, times: _Times) -> float:
-        expires: float = times.used + self._lifetime
-        return expires if self._max_age is None else min(expires, times.created + self._max_age)
-
-    def _loads(self, plain: bytes) -> dict[Any, Any]:
-        try:
-            data = self._deserialize(plain)
-        except Exception as error:  # also a class that is gone
-            # Other messages may quote data.
-            what = ': %s' % error if isinstance(error, (ImportError, AttributeError)) else ''
-            raise _Unreadable('cannot be loaded (%s%s)' % (_kind(error), what)) from error
-        if type(data) is not dict:
-            raise _Unreadable('holds no dict')
-        return data
-
-    def _patiently(self, attempt: Callable[[], Any], start: float) -> Any:
-        """ Call `attempt` until it is not busy, for what is left of lock_timeout. """
-        pause = 0.0005
-        while True:
-            try:
-                return attempt()
-            except SessionBusy:
-                left = start + self.lock_timeout - time.monotonic()
-                if left <= 0:
-                    raise
-            time.sleep(min(left, pause * uniform(0.5, 1.5)))
-            pause = min(2 * pause, 0.02)
-
-    def _in_turn(self, name: str, attempt: Callable[[], Any], has_turn: bool) -> Any:
-        """ Call `attempt`; while that is busy, wait as one of a queue. """
-        start = time.monotonic()
-        try:
-            return attempt()
-        except SessionBusy:
-            if not has_turn and not _turns.take(name, self.lock_timeout):
-                raise
-        try:
-            return self._patiently(attempt, start)
-        finally:
-            if not has_turn:
-                _turns.give(name)
+    def _expires(self, head: _Head) -> float:
+        return float(min(head.used + (head.days or self._days) * _DAY,
+                         head.created + self._max_age))
 
     # For Bottle, see the next room
 
     def setup(self, app: bottle.Bottle) -> None:
-        """ Prepare an app that installs this plugin. """
+        """ Refuse an app that has another session with this cookie. """
         for plugin in app.plugins:
             if isinstance(plugin, Session) and plugin is not self and plugin.name == self.name:
                 raise bottle.PluginError('Two sessions with the cookie %r in one app: give one of '
                                          'them another cookie_name.' % self.cookie_name)
-        self._apps.add(app)
-        _watch(app)
-        _wrap(app)
 
     def apply(self, callback: Callable[..., Any], route: bottle.Route) -> Callable[..., Any]:
         """ Give the session to a route with an argument `session`. """
@@ -2332,38 +2626,53 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         return with_session
 
     def close(self) -> None:
-        """ Leave the apps that do not have this plugin any more. """
-        for app in list(self._apps):
-            if not _is_among(app.plugins, self):
-                self._apps.discard(app)
-            if not any(isinstance(plugin, Session) for plugin in app.plugins):
-                _unwrap(app)
+        """ Called when an app uninstalls the plugin: there is nothing to undo. """
 
-    def _saves_itself(self, environ: Mapping[str, Any]) -> bool:
-        """ Tell whether the plugin is installed for this request's route. """
-        app, route = environ.get('bottle.app'), environ.get('bottle.route')
-        if route is not None:
-            for skip in route.skiplist:
-                if skip is True or skip is self or skip is Session or skip == self.name:
-                    return False
-            if _is_among(route.app.plugins, self) or _is_among(route.plugins, self):
-                return True
-        return app is not None and _is_among(app.plugins, self)
-
-
-def _is_among(plugins: Iterable[Any], one: Session) -> bool:
-    for plugin in plugins:
-        if plugin is one:
+    def _saves_itself(self, app: Any, route: Any) -> bool:
+        """ Tell whether a request of this app and route saves without being told. """
+        if self._seal.keeps_values:
             return True
-    return False
+        plugins = list(app.plugins) if app else []
+        if route is not None:
+            if any(skip is True or skip is self or skip is Session or skip == self.name
+                   for skip in route.skiplist):
+                return False
+            plugins += route.app.plugins + route.plugins
+        return any(plugin is self for plugin in plugins)
 
 
-def _seconds(argument: str, days: float) -> float:
+def _utc(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, timezone.utc)
+
+
+def _check_days(argument: str, days: float) -> float:
     if not isinstance(days, (int, float)) or isinstance(days, bool):
         raise TypeError('%s must be a number, not %s' % (argument, _kind(days)))
     if not 0 < days <= 10_000_000:
         raise ValueError('%s=%r: use a number of days greater than 0' % (argument, days))
-    return days * 86400.0
+    return float(days)
+
+
+def _check_flag(argument: str, flag: bool) -> bool:
+    if flag is not True and flag is not False:
+        raise TypeError('%s=%r: use True or False' % (argument, flag))
+    return flag
+
+
+def _check_max_logins(most: int | None) -> int | None:
+    if most is not None and (isinstance(most, bool) or not isinstance(most, int)):
+        raise TypeError('max_logins=%r: use a whole number, or None for no limit' % (most,))
+    if most is not None and most < 1:
+        raise ValueError('max_logins=%r: use 1 or more, or None for no limit' % (most,))
+    return most
+
+
+def _check_owner(owner: str) -> None:
+    if not isinstance(owner, str):
+        raise TypeError('owner must be a str, not %s: use the stable name of the user, such as '
+                        'str(user.id)' % _kind(owner))
+    if not owner:
+        raise ValueError('owner is empty: use the stable name of the user')
 
 
 def _make_store(mode: str | Store, sessions_dir: str | os.PathLike[str]) -> Store:
@@ -2374,6 +2683,9 @@ def _make_store(mode: str | Store, sessions_dir: str | os.PathLike[str]) -> Stor
     if isinstance(mode, Store):
         return mode
     if mode == 'memory':
+        if sessions_dir != './sessions':
+            warnings.warn("sessions_dir=%r is not used: mode='memory' keeps no files; for files "
+                          "say mode='file'" % (sessions_dir,), UserWarning, 3)
         return MemoryStore()
     if mode == 'file':
         return FileStore(sessions_dir)
@@ -2386,371 +2698,203 @@ def _make_store(mode: str | Store, sessions_dir: str | os.PathLike[str]) -> Stor
                      "valkey://, unix://) or a Store" % (mode,))
 
 
-def _check_serializer(serializer: Any) -> tuple[Callable[[Any], bytes], Callable[[bytes], Any]]:
-    """ Return its dumps and loads, made to give and take bytes. """
-    dumps, loads = (getattr(serializer, name, None) for name in ('dumps', 'loads'))
-    if not callable(dumps) or not callable(loads):
-        raise TypeError('serializer must have dumps() and loads(), as json and pickle do')
-    if serializer is pickle:
-        return dumps, loads
-    empty = dumps({})
-    if loads(empty) != {} or not isinstance(empty, (str, bytes)):
-        raise ValueError('serializer: dumps({}) must give str or bytes, of which loads() makes {}')
-    if isinstance(empty, bytes):
-        return dumps, loads
-    return (lambda data: dumps(data).encode('utf-8', 'surrogatepass'),
-            lambda plain: loads(plain.decode('utf-8', 'surrogatepass')))
-
-
 ###############################################################################
 # Bottle ######################################################################
 ###############################################################################
 
-# Bottle tells nobody when a request begins and ends, nor what a route returned:
-# response headers set too early are lost with abort(), and `request` names the
-# last request of a thread long after its end. These two frames do tell.
-_HANDLE = inspect.unwrap(bottle.Bottle._handle).__code__  # hooks and the route
-_CAST = inspect.unwrap(bottle.Bottle._cast).__code__  # error handlers, a first chunk
-_GENERATOR = inspect.CO_GENERATOR
-_ROUTE, _ANSWER, _SENT, _OVER = range(4)
-_EXCHANGE = 'bottle_session.exchange'
-# Without gevent's patches all greenlets of a thread share Bottle's thread-locals.
-_SHARED_REQUEST = type(
-    bottle.LocalRequest.environ.fget.__closure__[0].cell_contents).__module__ == '_thread'
+# The one door: Bottle.wsgi, wrapped once. It sees each request begin and end, and
+# has the last word on the headers. The request that is running is in a ContextVar:
+# Bottle's `request` names the last one of a thread long after its end, and the
+# inner one after a route has called another app.
+_current: ContextVar[_Request] = ContextVar('bottle_session.request')
+_bottle_wsgi = bottle.Bottle.wsgi
+_handle_code = bottle.Bottle._handle.__code__
+_CRASH = 'bottle.exc_info'  # what Bottle puts into the environ when a route crashed
 _GENERATED = itertools.chain, map, bottle._closeiter  # how Bottle hands over a generator
 _VARIES = re.compile(r'(?:^|[,\s])(?:cookie|\*)(?:$|[,\s])', re.I).search
 
 
 def _raise_outside() -> NoReturn:
-    raise RuntimeError('The session can only be used in a request: call this from a route, a hook '
-                       'or a function that they call.') from None
+    raise RuntimeError('The session can only be used in a request of a Bottle app: call this from '
+                       'a route, a hook or a function that they call, on their thread.') from None
 
 
-class _Exchange:
-    """ A request and its response: who visits, and how far it is. """
+class _Request:
+    """ The request that is running: who visits, and how far it is. """
 
-    __slots__ = 'place', 'visits', 'stage', 'wrapped', 'resumed', 'generator'
+    __slots__ = 'app', 'environ', 'start_response', 'visits', 'sent', 'crashed', 'failure'
 
-    def __init__(self, environ: dict[str, Any], stage: int = _ROUTE,
-                 wrapped: bool = False) -> None:
-        self.place = id(environ)  # which a copy does not share
-        self.visits: dict[Session, _LiveVisit | _SealedVisit] = {}
-        self.stage = stage
-        self.wrapped = wrapped  # our WSGI wrapper sends the headers
-        self.resumed = False    # the server asks for the next chunk
-        self.generator: Any = None  # its frame, if the route is one
+    def __init__(self, app: Any, environ: dict[str, Any], start_response: Any) -> None:
+        self.app = app
+        self.environ = environ
+        self.start_response = start_response
+        self.visits: dict[Session, _Visit] = {}
+        self.sent = False     # the headers are
+        self.crashed = False  # and the visits know it
+        self.failure: Any = None  # the body of an error, instead of the route's
 
-    def must_be_open(self) -> None:
-        if self.stage >= _SENT:
-            raise SessionError('Headers sent: a new session or id cannot be told to the browser '
-                               'any more. Save before the first chunk is yielded.')
+    def rule(self) -> str:
+        route = self.environ.get('bottle.route')
+        return route.rule if route else 'A request without a route'
 
-    def news(self) -> None:
-        """ Bring what is new to the response. If the route ends with another one,
-            our hook does it again. """
-        if self.stage < _SENT and not self.wrapped:
-            # The headers may be those of an HTTPError that other requests raise, too.
-            response._headers = {name: list(lines) for name, lines in response._headers.items()}
-            self.put(response._headers)
+    def is_crashing(self) -> bool:
+        """ Tell whether an exception that the route did not catch is on its way through
+            Bottle, which runs the hooks in between. """
+        error = sys.exc_info()[1]
+        return error is not None and error.__traceback__ is not None \
+            and error.__traceback__.tb_frame.f_code is _handle_code
 
-    def put(self, headers: dict[str, list[str]]) -> None:
-        """ Add what the visits have to say to these headers. """
-        if 'Set-Cookie' in headers:
-            headers['Set-Cookie'] = [line for line in headers['Set-Cookie']
-                                     if not line.startswith(self.names())]
-        for name, line in self.extra(headers.get('Vary', ()), 'Cache-Control' in headers):
-            headers.setdefault(name, []).append(line)
-
-    def names(self) -> tuple[str, ...]:
-        """ Return how our Set-Cookie lines begin: only this request's may leave. """
-        return tuple(session.cookie_name + '=' for session in self.visits)
-
-    def extra(self, vary: Sequence[str], has_cache_control: bool) -> list[tuple[str, str]]:
-        """ Return the headers that the visits add to a response with these. """
-        extra, used = [], False
+    def roll_back(self) -> None:
+        self.crashed = True
         for visit in self.visits.values():
-            used = used or visit.data is not None or visit.late
-            if visit.cookie:
-                extra.append(('Set-Cookie', visit.cookie))
-        if extra and not has_cache_control:
-            extra.append(('Cache-Control', 'no-store'))
-        if used and not (vary and _VARIES(', '.join(vary))):
-            extra.append(('Vary', 'Cookie'))
-        return extra
+            visit.roll_back()
+
+    def start(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
+        """ Save what is to be saved, and send the headers with ours. """
+        if self.visits and not self.sent:
+            try:
+                self._finish(status, exc_info)
+            except Exception as error:
+                status, headers, exc_info = self._fail(error)
+            headers = headers + self._headers(headers)
+        self.sent = True
+        return self.start_response(status, headers, exc_info)
+
+    def _finish(self, status: str, exc_info: Any) -> None:
+        # Bottle tells of a crash, but not where a generator's first chunk crashed.
+        crashed = exc_info is not None or (
+            status.startswith('500') and bottle.response.body == 'Unhandled exception')
+        route = self.environ.get('bottle.route')
+        for visit in self.visits.values():
+            visit.finish(crashed, visit.session._saves_itself(self.app, route))
+
+    def _fail(self, error: Exception) -> Any:
+        """ Answer with this error instead. """
+        if not isinstance(error, HTTPError):
+            if not self.app.catchall:
+                raise error
+            self.environ['wsgi.errors'].write(traceback.format_exc())
+            error = HTTPError(500, 'Internal Server Error', error, traceback.format_exc())
+        self.failure = self.app._cast(error)
+        if self.environ['REQUEST_METHOD'] == 'HEAD':
+            self.failure = []
+        return error.status_line, bottle.response.headerlist, None
+
+    def _headers(self, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """ Return the headers that the visits add to these. """
+        cookies = [('Set-Cookie', visit.cookie) for visit in self.visits.values() if visit.cookie]
+        ours: list[tuple[str, str]] = cookies
+        present = dict(headers)
+        if cookies and 'Cache-Control' not in present:
+            ours.append(('Cache-Control', 'no-store'))
+        if any(visit.data is not None for visit in self.visits.values()) and not (
+                'Vary' in present
+                and any(name == 'Vary' and _VARIES(value) for name, value in headers)):
+            ours.append(('Vary', 'Cookie'))
+        return ours
+
+    def end(self, crashed: bool = True) -> None:
+        """ The request is over: nothing of it can be used any more. """
+        for visit in self.visits.values():
+            if not crashed:
+                self._save_late(visit)
+            visit.let_go()
+        self.visits, self.environ = {}, {}
+
+    def _save_late(self, visit: _Visit) -> None:
+        try:
+            visit.finish(False, visit.session._saves_itself(
+                self.app, self.environ.get('bottle.route')))
+        except SessionError as error:  # too late to answer with it
+            _log.warning('%s: a change after the first chunk was not saved: %s',
+                         self.rule(), error)
 
 
-def _join(session: Session, environ: dict[str, Any]) -> Any:
-    """ Return the visit of this request where it is not the plain case: it is the
-        first use, or the route is done. RuntimeError outside of a request. """
-    greenlet = sys.modules.get('greenlet')
-    if greenlet and _SHARED_REQUEST and greenlet.getcurrent().parent:
-        raise RuntimeError('Bottle would mix up the requests of greenlets here: run "from gevent '
-                           'import monkey; monkey.patch_all()" before bottle is imported.')
-    exchange = _exchange_of(environ)
-    if exchange is None or not exchange.wrapped or (
-            exchange.stage > _ANSWER and not exchange.resumed):
-        running, stage, generator = _running(environ)
-        if running is not environ:
-            environ, exchange = running, _exchange_of(running)
-        if exchange is None or stage == _ROUTE < exchange.stage and not exchange.wrapped:
-            exchange = environ[_EXCHANGE] = _Exchange(environ, stage)
-            _watch(environ['bottle.app'])
-        exchange.stage = max(stage, exchange.stage)
-        exchange.generator = exchange.generator or generator
-    visit = exchange.visits.get(session)
-    if visit is None:
-        visit = exchange.visits[session] = session._visit_type(session, environ, exchange)
-        visit.late = exchange.stage > _ROUTE
-        if visit.late:
-            exchange.news()
-        if environ.get('wsgi.multiprocess') and session.store.keeps_objects:
-            _warn_of_processes(session)
-    visit.late = visit.late or exchange.stage > _ROUTE
-    return visit
+def _wsgi(app: bottle.Bottle, environ: dict[str, Any], start_response: Any) -> Any:
+    """ The WSGI interface of Bottle, with sessions. """
+    outer = _current.get(None)
+    if outer is not None and outer.environ is environ:  # a mounted app
+        return _bottle_wsgi(app, environ, start_response)
+    request = _Request(app, environ, start_response)
+    token = _current.set(request)
+    over = True
+    try:
+        body = _bottle_wsgi(app, environ, request.start)
+        if request.failure is not None:
+            if hasattr(body, 'close'):
+                body.close()
+            body = request.failure
+        if isinstance(body, _GENERATED):
+            over = False
+            return _Body(request, body)
+        return body  # a server must get a list or a file as it is
+    finally:
+        _current.reset(token)
+        if over:
+            request.end()
 
 
-def _exchange_of(environ: dict[str, Any]) -> Any:
-    exchange = environ.get(_EXCHANGE)
-    return exchange if exchange and exchange.place == id(environ) else None
+bottle.Bottle.wsgi = _wsgi
 
 
-def _running(environ: dict[str, Any]) -> tuple[dict[str, Any], int, Any]:
-    """ Return the environ and the stage of the request that this stack works for,
-        and the frame of its generator.
-
-        After a route has called another app, Bottle's `request` still names the
-        inner request: the frame knows better.
-    """
-    frame: Any = sys._getframe(2)
-    generators: list[Any] = []
-    while frame is not None:
-        code = frame.f_code
-        if code is _HANDLE:
-            return frame.f_locals['environ'], _ROUTE, None
-        if code is _CAST:
-            return (frame.f_back.f_locals.get('environ', environ), _ANSWER,
-                    generators[-1] if generators else None)
-        if code.co_flags & _GENERATOR:
-            generators.append(frame)
-        frame = frame.f_back
-    exchange = _exchange_of(environ)
-    for frame in generators:  # the server asks for the next chunk
-        if frame is exchange.generator if exchange else not _is_watched(environ):
-            return environ, _SENT, frame
-    _raise_outside()
-
-
-def _is_watched(environ: Mapping[str, Any]) -> bool:
-    """ Tell whether our hook has seen what the route returned. """
-    app = environ.get('bottle.app')
-    return app is None or _after_request in app._hooks['after_request']
-
-
-def _warn_of_processes(session: Session) -> None:
-    if 'processes' not in session._warned:
+def _begin_visit(session: Session) -> _Visit:
+    """ Return the visit of a request that uses the session for the first time. """
+    request = _current.get(None)
+    if request is None or not request.environ:
+        _raise_outside()
+    for other in request.visits:
+        if other.cookie_name == session.cookie_name:
+            raise RuntimeError('Two Session objects with the cookie %r are used in one request: '
+                               'make one for all, or give one of them another cookie_name.'
+                               % session.cookie_name)
+    if session._seal.keeps_values and request.environ.get('wsgi.multiprocess') \
+            and 'processes' not in session._warned:
         session._warned.add('processes')
         _log.warning("mode='memory' under a server with several processes: each of them has "
                      "sessions of its own. Use mode='file', or a redis URL for several hosts.")
-
-
-def _watch(app: bottle.Bottle) -> None:
-    """ Have our hook run after the app's other hooks, which may use the session. """
-    hooks = app._hooks['after_request']
-    if _after_request not in hooks:
-        hooks.append(_after_request)  # add_hook() would make it the first
-
-
-def _after_request() -> None:
-    """ The route is done: save for the plugin, and add our headers to the response. """
-    exchange = request.environ.get(_EXCHANGE)
-    if exchange and exchange.wrapped and not exchange.visits:
-        return
-    frame: Any = sys._getframe(1)
-    while frame.f_code is not _HANDLE:
-        frame = frame.f_back
-    scope = frame.f_locals
-    environ, out = scope['environ'], scope['out']
-    exchange = _exchange_of(environ)
-    if exchange is None:
-        if not isinstance(out, types.GeneratorType):
-            return
-        exchange = environ[_EXCHANGE] = _Exchange(environ)
-    if exchange.stage:
-        return
-    exchange.generator = getattr(out, 'gi_frame', None)
-    crashed = _crashed()
-    try:
-        for visit in exchange.visits.values():
-            visit.finish(environ, crashed or isinstance(out, _Unavailable))
-    finally:
-        exchange.stage = _ANSWER
-    if exchange.wrapped or not exchange.visits:
-        return
-    if crashed:
-        _tell_after_crash(scope['self'])
-        return
-    if not isinstance(out, HTTPResponse):
-        exchange.put(response._headers)
-        return
-    # The route's response may be a constant that it returns to every visitor, so a
-    # copy gets our headers. Bottle takes what a hook raises in place of the first.
-    answer = Exception.__new__(type(out), *out.args)
-    answer.__dict__.update(out.__dict__)
-    answer.__traceback__, answer.__context__ = out.__traceback__, out.__context__
-    answer.__cause__, answer.__suppress_context__ = out.__cause__, out.__suppress_context__
-    answer._headers = {name: list(lines) for name, lines in out._headers.items()}
-    exchange.put(answer._headers)
-    raise answer
-
-
-def _crashed() -> bool:
-    """ Tell whether an exception that no route caught is on its way through Bottle,
-        which runs the hooks in between. """
-    error = sys.exc_info()[1]
-    return error is not None and error.__traceback__ is not None \
-        and error.__traceback__.tb_frame.f_code is _HANDLE
-
-
-def _tell_after_crash(app: bottle.Bottle) -> None:
-    """ Have what was saved before a crash told, too: Bottle makes a new response
-        for it, which only the error handler gets to see. """
-    handler = app.error_handler.get(500, app.default_error_handler)
-    if hasattr(handler, 'bottle_session_inner'):
-        return
-
-    def handle_crash(error: HTTPError) -> Any:
-        page = handler(error)
-        exchange = _exchange_of(request.environ)
-        if exchange:
-            exchange.news()
-        return page
-
-    handle_crash.bottle_session_inner = handler  # type: ignore[attr-defined]
-    app.error_handler[500] = handle_crash
-
-
-def _wrap(app: bottle.Bottle) -> None:
-    """ Put our WSGI wrapper around the app: it sees every response, and its end. """
-    inner = app.wsgi
-    if hasattr(inner, 'bottle_session_inner'):
-        return
-
-    def wsgi(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        body: Iterable[bytes]
-        exchange = _exchange_of(environ)
-        if exchange and exchange.stage < _SENT:
-            body = inner(environ, start_response)  # an outer app does it
-            return body
-        exchange = environ[_EXCHANGE] = _Exchange(environ, _ROUTE, True)
-        failure: list[HTTPError] = []
-
-        def answer(status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
-            if exchange.visits:
-                if exchange.stage < _SENT:
-                    try:
-                        _finish_late(environ, exchange, status)
-                    except HTTPError as error:
-                        failure.append(error)
-                        status, headers = error.status_line, error.headerlist
-                headers = _with_ours(exchange, headers)
-            exchange.stage = _SENT
-            return start_response(status, headers, exc_info) if exc_info else \
-                start_response(status, headers)
-
-        try:
-            body = inner(environ, answer)
-        except BaseException:
-            exchange.stage = _OVER
-            raise
-        if failure or isinstance(body, _GENERATED):
-            return _Body(environ, exchange, body, failure)
-        exchange.stage = _OVER  # a server must get a list or a file as it is
-        return body
-
-    wsgi.bottle_session_inner = inner  # type: ignore[attr-defined]
-    object.__setattr__(app, 'wsgi', wsgi)  # Bottle lets it be set only once
-
-
-def _unwrap(app: bottle.Bottle) -> None:
-    wrapper = app.__dict__.get('wsgi')
-    if hasattr(wrapper, 'bottle_session_inner'):
-        del app.__dict__['wsgi']
-        if app.wsgi != wrapper.bottle_session_inner:
-            object.__setattr__(app, 'wsgi', wrapper.bottle_session_inner)
-
-
-def _finish_late(environ: dict[str, Any], exchange: _Exchange, status: str) -> None:
-    """ Save what changed in an error handler, or in a generator's first part. """
-    for visit in exchange.visits.values():
-        if visit.late or not exchange.stage:
-            visit.finish(environ, status.startswith('5'))
-
-
-def _with_ours(exchange: _Exchange, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    kept, vary, cached = [], [], False
-    for name, line in headers:
-        if name == 'Set-Cookie' and line.startswith(exchange.names()):
-            continue  # of a request that the route made itself
-        kept.append((name, line))
-        if name == 'Vary':
-            vary.append(line)
-        cached = cached or name == 'Cache-Control'
-    return kept + exchange.extra(vary, cached)
+    visit = request.visits[session] = _Visit(session, request)
+    return visit
 
 
 class _Body:
-    """ A response's body under our wrapper: at its end the request is over. """
+    """ A generator's body: the request goes on while it runs, and ends with it. """
 
-    def __init__(self, environ: dict[str, Any], exchange: _Exchange, body: Any,
-                 failure: list[HTTPError]) -> None:
-        self._environ, self._exchange, self._body = environ, exchange, body
-        if failure:  # the answer instead, which HEAD wants without its text
-            text = failure[0].body if environ['REQUEST_METHOD'] != 'HEAD' else ''
-            body = [text.encode('utf-8')]
-        self._chunks: Iterator[bytes] = iter(body)
-        self._crashed = bool(failure)
+    def __init__(self, request: _Request, body: Any) -> None:
+        self._request = request
+        self._body = body
+        self._chunks = iter(body)
+        self._crashed = False
 
     def __iter__(self) -> Iterator[bytes]:
         return self
 
     def __next__(self) -> bytes:
+        token = _current.set(self._request)
         try:
-            chunk: bytes = self._resume(next, self._chunks)
-            return chunk
+            return next(self._chunks)  # type: ignore[no-any-return]
         except StopIteration:
             raise
         except BaseException:
             self._crashed = True
             raise
+        finally:
+            _current.reset(token)
 
     def close(self) -> None:
+        token = _current.set(self._request)
         try:
             if hasattr(self._body, 'close'):
-                self._resume(self._body.close)
+                self._body.close()
+        except BaseException:
+            self._crashed = True
+            raise
         finally:
-            if self._exchange.stage < _OVER:
-                for visit in self._exchange.visits.values():
-                    self._save(visit)
-            self._exchange.stage = _OVER
+            self._request.end(self._crashed)
+            _current.reset(token)
 
-    def _resume(self, step: Callable[..., Any], *args: Any) -> Any:
-        """ Go on with the route; another request may have come to this thread. """
-        exchange = self._exchange
-        try:
-            before = request.environ
-        except RuntimeError:  # a thread of the server's own
-            before = {}
-        request.environ, exchange.resumed = self._environ, True
-        try:
-            return step(*args)
-        finally:
-            request.environ, exchange.resumed = before, False
-
-    def _save(self, visit: _LiveVisit | _SealedVisit) -> None:
-        try:
-            visit.finish(self._environ, self._crashed)
-        except SessionError as error:  # too late to answer with it
-            _log.error('a change after the first chunk was not saved: %s', error)
+    def __del__(self) -> None:
+        if self._request.environ:  # a server that did not close it
+            self.close()
 
 
 ###############################################################################
@@ -2763,17 +2907,16 @@ def _main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog='python -m bottle_session',
         description='Helps with the sessions of a Bottle app.',
-        epilog='Neither sweep nor stats needs the secret: the data stays sealed. '
+        epilog='sweep needs neither the secret nor days: the data stay sealed. '
                'Exit codes: 0 done, 1 the store failed, 2 wrong arguments.')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     commands.add_parser('secret', help='print a good secret', description='Print a new secret: '
                         '256 random bits. Keep it out of the code, for example in an environment '
                         'variable; who changes it lists the new one first: Session([new, old]).')
-    for command, text in (('sweep', 'remove the sessions that have expired'),
-                          ('stats', 'count sessions, expired ones and bytes')):
-        sub = commands.add_parser(command, help=text, description=text.capitalize() + '.')
-        sub.add_argument('store', metavar='DIR|URL',
-                         help='the sessions_dir of a file mode, or a redis URL')
+    text = 'remove the sessions that have expired'
+    sweep = commands.add_parser('sweep', help=text, description=text.capitalize() + '.')
+    sweep.add_argument('store', metavar='DIR|URL',
+                       help='the sessions_dir of a file mode, or a redis URL')
     options = parser.parse_args(arguments)
     if options.command == 'secret':
         print(_new_id())
@@ -2782,12 +2925,8 @@ def _main(arguments: list[str] | None = None) -> int:
         if '://' not in options.store and not os.path.isdir(options.store):
             parser.error('%s is no directory' % options.store)
         store = _make_store(options.store if '://' in options.store else 'file', options.store)
-        progress = _progress_bar(sys.stderr) if sys.stderr.isatty() else None
-        if options.command == 'sweep':
-            print('removed %d' % store.sweep(time.time(), progress))
-        else:
-            for line in _describe(store.stats(time.time(), progress)):
-                print(line)
+        print('removed %d, left %d' % store.sweep(
+            time.time(), _show_progress if sys.stderr.isatty() else None))
     except (ImportError, ValueError) as error:
         parser.error(str(error))
     except StoreError as error:
@@ -2796,20 +2935,10 @@ def _main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _describe(stats: Mapping[str, Any]) -> Iterator[str]:
-    for name in 'sessions', 'expired', 'bytes':
-        yield '%-9s %d' % (name, stats[name])
-    if stats['oldest']:
-        yield '%-9s %s' % ('oldest', datetime.fromtimestamp(stats['oldest']).isoformat(
-            ' ', 'seconds'))
-
-
-def _progress_bar(terminal: TextIO) -> Callable[[float], None]:
-    def show(share: float) -> None:
-        end = '\n' if share >= 1 else ''
-        terminal.write('\r[%-40s] %3d %%%s' % ('#' * int(share * 40), share * 100, end))
-        terminal.flush()
-    return show
+def _show_progress(share: float) -> None:
+    end = '\n' if share >= 1 else ''
+    sys.stderr.write('\r[%-40s] %3d %%%s' % ('#' * int(share * 40), share * 100, end))
+    sys.stderr.flush()
 
 
 if __name__ == '__main__':
