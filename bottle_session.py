@@ -287,7 +287,7 @@ def _check_secrets(secret: Secret | Iterable[Secret]) -> list[bytes]:
         if not raw:
             raise ValueError('secret is empty: ' + _REMEDY)
         if len(raw) < 16:
-            warnings.warn('secret is shorter than 16 bytes: ' + _REMEDY, UserWarning, 4)
+            warnings.warn('secret is shorter than 16 bytes: ' + _REMEDY, UserWarning, 3)
         secrets.append(raw)
     return secrets
 
@@ -1938,6 +1938,9 @@ class _Visit:
         """ Store the session under a new id and end the old one; False if it is gone. """
         session, seal = self.session, self.session._seal
         try:
+            if session._has_ended(self.head, session.clock()) \
+                    and not self._absorb(session.store.load(self.name)):
+                return self.lose()
             while True:
                 new = self._create(self._dumps(self.changes()), self.head.created, owner, entry,
                                    self.name, True)

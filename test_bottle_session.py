@@ -276,8 +276,8 @@ def _passed_on(name):
     return method
 
 
-for _name in ('load', 'load_and_touch', 'create', 'replace', 'remove', 'lock', 'unlock', 'sweep',
-              'stats'):
+for _name in ('load', 'create', 'replace', 'remove', 'lock', 'unlock', 'sweep',
+              ):
     setattr(Watched, _name, _passed_on(_name))
 
 
