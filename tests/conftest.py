@@ -214,6 +214,8 @@ def serve(kind, mode, place, host='127.0.0.1'):
 class Visitor:
     """ A client that keeps its cookies and may ask many things at once. """
 
+    latency = 0.0  # seconds, each way
+
     def __init__(self, *servers):
         self.servers, self.cookies = servers, {}
 
@@ -222,6 +224,7 @@ class Visitor:
         own = connection or http.client.HTTPConnection(*self.servers[server].address, timeout=30)
         try:
             headers, cookies = dict(headers), self.cookies.copy()
+            time.sleep(self.latency)
             if cookies:
                 headers['Cookie'] = '; '.join('%s=%s' % item for item in cookies.items())
             own.request(method, path, body, headers)
@@ -230,12 +233,13 @@ class Visitor:
         finally:
             if not connection:
                 own.close()
+        time.sleep(self.latency)
         response.told = response.headers.get_all('Set-Cookie', [])
         for line in response.told:
             name, value = line.split(';')[0].split('=', 1)
             self.cookies[name] = value
             if not value:
-                del self.cookies[name]
+                self.cookies.pop(name, None)
         return response
 
     def get_all(self, paths, threads=8):
