@@ -164,7 +164,7 @@ def test_any_flipped_byte_reads_as_absent_old_or_right(damaged, flip):
         for use in (saving, counting) if at % 5 == 0 else ():
             write_file(path, broken)
             assert use(session, cookie).code == 200
-    assert outcomes.count(2) > 80 and outcomes.count(1) > 80  # one slot is enough
+    assert outcomes.count(2) > 60 and outcomes.count(1) > 60  # one slot is enough
     write_file(path, whole)
     assert reading(session, cookie) == {'v': 2}
 
