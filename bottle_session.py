@@ -291,7 +291,7 @@ class _Seal:
             raise ImportError("file and redis mode seal the data with the package "
                               "'cryptography': pip install cryptography") from error
         self._cipher, self._forged = AESGCM, InvalidTag
-        self._pickles = serializer is pickle
+        self.pickles = serializer is pickle
         self.dumps, self._loads = serializer.dumps, serializer.loads
         if isinstance(serializer.dumps({}), str):
             self.dumps = lambda data: _bytes(serializer.dumps(data))
@@ -348,10 +348,6 @@ class _Seal:
             raise _Unreadable('holds no dict')
         return data
 
-    def surely_loads(self, key: Any, value: Any) -> bool:
-        """ Tell whether these are such that they always load back. """
-        return self._pickles and type(key) in _PLAIN and type(value) in _PLAIN
-
 
 def _derive(master: Any, data: bytes) -> bytes:
     """ Return a keyed hash (BLAKE2b, RFC 7693), continued with these data. """
@@ -365,7 +361,7 @@ class _Keeper(_Seal):
     """ The same for the memory mode: a record is an object with a shallow copy of
         the data. Nothing is sealed or serialized. """
 
-    keeps_values = True
+    keeps_values = pickles = True
 
     def _use(self, serializer: Any) -> None:
         self.dumps = self._loads = dict
@@ -375,9 +371,6 @@ class _Keeper(_Seal):
 
     def open(self, id: str, record: Any) -> tuple[bytes, _Head, Any, bool]:
         return record.kind, record.head, record.payload, False
-
-    def surely_loads(self, key: Any, value: Any) -> bool:
-        return True
 
 
 class _Kept(namedtuple('_Kept', 'kind head payload')):
@@ -1435,11 +1428,16 @@ class _Owners:
 
     def _end(self, name: str) -> bool:
         """ End a session; where there is none yet, see that there never is. """
-        block = self._seal.seal(_MOVED, name, _NO_HEAD)
-        while not self._store.create(name, block, time.time() + _BLOCK):
-            if not self.lives(name):
+        store, block = self._store, self._seal.seal(_MOVED, name, _NO_HEAD)
+        while not store.create(name, block, time.time() + _BLOCK):
+            record = store.load(name)
+            if record and record[:1] != _SESSION:
                 return False
-            if self._store.remove(name):
+            try:
+                removed = record and store.remove(name, record[:_VERSION])
+            except SessionBusy:  # in a `with` block, which log-out does not wait for
+                removed = store.remove(name)
+            if removed:
                 return True
         return False
 
@@ -1512,6 +1510,8 @@ class _Visit:
     """
 
     # Most requests change few of these, so the class holds the values at first.
+    session: Session
+    request: _Request
     data: dict[Any, Any] | None = None  # None: not asked for yet
     id: str | None = None               # of the stored session
     name = ''                           # in the store
@@ -1520,9 +1520,11 @@ class _Visit:
     options = _NO_HEAD[2:4]             # days and permanent, as the head is to have them
     payload: Any = None
     older = False                       # an older secret sealed it
-    due = False                         # the use must be recorded
+    due = False                         # this use is to be recorded
+    touched: dict[Any, Any] | None = None
     open = False                        # the whole dict was handed out: keys may be added
     parsed: dict[Any, Any] | None = None  # the payload, loaded once more
+    forms: dict[Any, bytes] = {}        # canonical, of values that are stored
     ended = False                       # by another request: nothing can be stored
     moved = False                       # the browser sent an id that has just got a new one
     failed = False                      # a save did
@@ -1532,23 +1534,16 @@ class _Visit:
     snapshot: tuple[Any, Any] = None, options  # what a failed block goes back to
     held: tuple[str, Any, int] | None = None   # name, the store's lock, process
 
-    def __init__(self, session: Session, request: _Request) -> None:
-        self.session = session
-        self.request = request
-        self.seal = session._seal
-        self.touched: dict[Any, Any] = {}
-        self.forms: dict[Any, bytes] = {}  # canonical, of what is stored
-
     # Loading, and what changed since
 
     def load(self, fetch: Callable[[str], Any] | None = None) -> dict[Any, Any]:
         """ Take the first living session that one of the cookies names. """
         if self.data is not None:
             return self.data
-        session, header = self.session, self.request.environ.get('HTTP_COOKIE', '')
-        for id in _read_ids(header, session.cookie_name):
-            name = self.seal.name(id)
-            found = self._opened(id, name, (fetch or session.store.load)(name))
+        session = self.session
+        for id in _read_ids(self.request.environ.get('HTTP_COOKIE', ''), session.cookie_name):
+            name = session._seal.name(id)
+            found = self._open(id, name, (fetch or session.store.load)(name))
             if found is not None:
                 self.id, self.name, self.why, self.moved = id, name, 'loaded', False
                 self.data = found
@@ -1558,62 +1553,73 @@ class _Visit:
         self.data = found = {}
         return found
 
-    def _opened(self, id: str, name: str, record: Any) -> dict[Any, Any] | None:
+    def _open(self, id: str, name: str, record: Any) -> dict[Any, Any] | None:
         """ Take this record as the stored one, and return the data; None if it holds no
             living session. """
-        if not record:
+        if record is None:
             self.why = 'the session is unknown, expired or was purged'
             return None
         session = self.session
         try:
-            kind, head, payload, older = self.seal.open(id, record)
-            now = session.clock()
+            kind, head, payload, older = session._seal.open(id, record)
+            age = session.clock() - head.used
+            life = (head.days or session._days) * _DAY
             if kind == _MOVED:
-                self.moved = self.moved or now - head.used < _MARK
+                self.moved = self.moved or age < _MARK
                 self.why = 'the session has got a new id'
                 return None
-            if now >= session._expires(head):
+            if age >= life or age + head.used - head.created >= session._max_age:
                 self.why = 'the session has expired'
                 return None
-            data = self.seal.loads(payload)
+            data = session._seal.loads(payload)
         except _Unreadable as error:
             self.why = 'the stored session %s' % error
             _log.warning('session %s %s; it is treated as absent', _public(name), error)
             return None
         self.record, self.head, self.payload, self.older = record, head, payload, older
         self.options, self.parsed = head[2:4], None
-        self.due = not -_MONTH <= now - head.used < (head.days or session._days) * (_DAY / 30)
+        self.due = not -_MONTH <= age < life / 30
         return data
+
+    def touch(self, key: Any, value: Any) -> None:
+        """ Note the value of a key that may be changed from now on. """
+        if self.touched is None:
+            self.touched = {}
+        self.touched.setdefault(key, value)
 
     def hand_out(self) -> dict[Any, Any]:
         """ Return the data themselves, for any change. """
         data = self.load()
-        self.touched, self.open = {**data, **self.touched}, True
+        self.touched, self.open = {**data, **(self.touched or {})}, True
         return data
 
     def changes(self) -> list[Any]:
         """ Return the keys whose values differ from what is stored. """
-        data = self.load()
-        return [key for key in ({**self.touched, **data} if self.open else self.touched)
-                if self._differs(key, self.touched.get(key, _MISSING), data.get(key, _MISSING))]
+        touched, data = self.touched or {}, self.load()
+        if self.open:
+            touched = {**dict.fromkeys(data, _MISSING), **touched}
+        return [key for key, old in touched.items()
+                if self._differs(key, old, data.get(key, _MISSING))]
 
     def _differs(self, key: Any, old: Any, new: Any) -> bool:
-        if old is _MISSING or new is _MISSING:
+        kind = type(new)
+        if old is _MISSING or new is _MISSING or kind in _ATOMS and kind is not type(old):
             return old is not new
-        if type(key) is not str and type(key) is not next(type(k) for k in self.load() if k == key):
+        if type(key) is not str and not any(_same(key, one) for one in self.load()):
             return True  # True has taken the place of 1
-        if self.seal.keeps_values or type(old) in _PLAIN:
+        if type(old) in _PLAIN or self.session._seal.keeps_values:
             return new is not old and not _same(old, new)
-        form = self.forms.get(key)  # not of the old value, which may have been changed inside
-        if form is None:
-            form = self.forms[key] = _canonical(self._parsed().get(key))
+        # The old value may have been changed inside: see what is stored.
+        if key not in self.forms:
+            self.forms = {**self.forms, key: _canonical(self.stored().get(key))}
+        form = self.forms[key]
         return form != _canonical(new) and not _same_but_for_order(
-            form, self._parsed().get(key), new)
+            form, self.stored().get(key), new)
 
-    def _parsed(self) -> dict[Any, Any]:
+    def stored(self) -> dict[Any, Any]:
         """ Return the data as they are stored, for comparing. """
         if self.parsed is None:
-            self.parsed = self.seal.loads(self.payload) if self.id else {}
+            self.parsed = self.session._seal.loads(self.payload) if self.id else {}
         return self.parsed
 
     def pending(self) -> Any:
@@ -1621,18 +1627,18 @@ class _Visit:
         changed = self.changes()
         if not changed and self.options == self.head[2:4]:
             return None
-        payload = self.dumps(changed)
-        if self.seal.keeps_values or payload != self.payload or self.options != self.head[2:4]:
+        payload, seal = self.dumps(changed), self.session._seal
+        if seal.keeps_values or payload != self.payload or self.options != self.head[2:4]:
             return payload
         return None  # json made a list of a tuple, say
 
     def dumps(self, changed: Iterable[Any]) -> Any:
         """ Return the data serialized. What does not load back must not be stored. """
-        data, seal = self.load(), self.seal
+        data, seal = self.load(), self.session._seal
         try:
             payload = seal.dumps(data)
             for key in changed:
-                if not seal.surely_loads(key, data.get(key)):
+                if not (seal.pickles and type(key) in _PLAIN and type(data.get(key)) in _PLAIN):
                     seal.loads(payload)
                     break
             return payload
@@ -1663,7 +1669,7 @@ class _Visit:
                 return payload is not None and self._update(payload)
             if self.ended or not self.data:
                 return False
-            self._become(self._create(self.dumps(self.data)))
+            self._become(self._create(self.dumps(self.data), self._next_head()))
             return True
         except _Unavailable:
             self.failed = True
@@ -1671,23 +1677,23 @@ class _Visit:
 
     def _update(self, payload: Any) -> bool:
         """ Write these data on top of what is stored by now. """
-        if not self._still_lives():
-            return self._lose()
-        while True:
-            stored = self._put(self._next_head(self.options), payload)
+        lives = self._lives()
+        while lives:
+            data = self.load().copy()
+            stored = self._put(self._next_head(), payload)
             if stored is self.record:
-                self._settle()
+                self._settle(data)
                 return True
             if self.held and stored:
                 _log.warning('session %s: its lock was lost to another request, the changes of '
                              'both are merged', _public(self.name))
-            if not self._absorb(stored):
-                return self._lose()
-            payload = self.pending()
-            if payload is None:  # the other one wrote the same
+            lives = self._absorb(stored)
+            payload = self.pending() if lives else None
+            if lives and payload is None:  # the other one wrote the same
                 return False
+        return self._lose()
 
-    def _still_lives(self) -> bool:
+    def _lives(self) -> bool:
         """ Tell whether the session goes on, also where it seems to have expired since. """
         return (self.session.clock() < self.session._expires(self.head)
                 or self._absorb(self.session.store.load(self.name)))
@@ -1695,8 +1701,8 @@ class _Visit:
     def _put(self, head: _Head, payload: Any) -> Any:
         """ Store this version and return its record, or what is stored by now. """
         session, name = self.session, self.name
-        record = self.seal.seal(_SESSION, self.id or '', head, payload)
-        expires, renewed = session._expires(head), head[1:4] != self.head[1:4]
+        record = session._seal.seal(_SESSION, self.id or '', head, payload)
+        expires, renewed = session._expires(head), head is not self.head
         if head.owner and (renewed or self.older):
             session._owners.enter(head.owner, name, _Entry(None, head.used, expires, None), name,
                                   False)
@@ -1709,23 +1715,22 @@ class _Visit:
             self._tell()
         return record
 
-    def _settle(self) -> None:
-        """ Note that the data are what is stored. Values that can be changed inside may
-            still be in somebody's hands. """
-        data = self.load()
-        self.touched = {key: data[key] for key in (data if self.open else self.touched)
-                        if key in data and (self.open or type(data[key]) not in _PLAIN)}
+    def _settle(self, data: dict[Any, Any]) -> None:
+        """ Note that these data are stored. Values that can be changed inside may still
+            be in somebody's hands. """
+        self.touched = dict(data) if self.open else {
+            key: data[key] for key in self.touched or () if type(data.get(key)) not in _PLAIN}
         self.forms, self.parsed, self.due = {}, None, False
         self.snapshot = self.payload, self.options
 
     def _absorb(self, record: Any) -> bool:
         """ Take over what is stored by now, beneath the changes of this request; tell
             whether the session still exists. """
-        data, old, changed = self.load(), self._parsed(), set(self.changes())
-        options, before = self.options, self.head[2:4]
         if record and record == self.record:
             return self.session.clock() < self.session._expires(self.head)
-        newest = self._opened(self.id or '', self.name, record)
+        data, old, changed = self.load(), self.stored(), set(self.changes())
+        options, before = self.options, self.head[2:4]
+        newest = self._open(self.id or '', self.name, record)
         if newest is None:
             return False
         touched = {key: newest.get(key, _MISSING) for key in changed}
@@ -1742,7 +1747,7 @@ class _Visit:
             else:
                 if theirs:
                     data[key] = new
-                if key in self.touched:
+                if key in (self.touched or ()):
                     touched[key] = data[key]
         if changed:
             _log.info('session %s: merged with a save of another request', _public(self.name))
@@ -1759,54 +1764,56 @@ class _Visit:
         self.ended, self.moved, self.id = True, False, None
         return False
 
-    def _next_head(self, options: Any) -> _Head:
+    def _next_head(self, renew: bool = False) -> _Head:
         """ Return the head for the next save. It records the use when that is due, and
             mends what a wrong clock left. """
         created, used, _, _, owner = self.head
-        if not self.request.sent and (self.due or options != self.head[2:4]):
-            now = self.session.clock()
-            used = now if used - now > _MONTH else max(used, now)
-            created = now if created - now > _MONTH else created
-        return _Head(created, used, *options, owner)
+        if self.id and not renew and (self.request.sent or not self.due) \
+                and self.options == self.head[2:4]:
+            return self.head
+        now = self.session.clock()
+        used = now if used - now > _MONTH else max(used, now)
+        created = created if self.id and created - now <= _MONTH else now
+        return _Head(created, used, *self.options, owner)
 
     def _record_use(self) -> None:
         """ Store the time of this use; what prevents it is logged, not raised. """
+        options, self.options = self.options, self.head[2:4]
         try:
-            self._put(self._next_head(self.head[2:4]), self.payload)
+            self._put(self._next_head(), self.payload)
         except _Unavailable as error:
             _log.warning('session %s: its use could not be recorded: %s',
                          _public(self.name), error)
+        self.options, self.due = options, False
 
     # New ids, and the end
 
-    def _create(self, payload: Any, created: float | None = None, owner: str | None = None,
-                entry: _Entry | None = None, durable: bool = False) -> _Visit:
+    def _create(self, payload: Any, head: _Head, entry: _Entry | None = None,
+                durable: bool = False) -> _Visit:
         """ Store the data under a new id, and return a visit that has it. """
         if self.request.sent:
             raise SessionError('Headers sent: a new session or id cannot be told to the browser '
                                'any more. Save before the first chunk is yielded.')
-        session, now = self.session, self.session.clock()
-        head = _Head(now if created is None else created, now, *self.options, owner)
+        session = self.session
         expires = session._expires(head)
-        new = _Visit(session, self.request)
+        new = _Visit()
+        new.session, new.request, new.head, new.payload = session, self.request, head, payload
         while True:
             new.id = _new_id()
-            new.name = self.seal.name(new.id)
-            if owner and entry:
-                session._owners.enter(owner, new.name, entry._replace(used=now, expires=expires),
-                                      self.name, durable)
-            new.record = self.seal.seal(_SESSION, new.id, head, payload)
-            new.head, new.payload = head, payload
+            new.name = session._seal.name(new.id)
+            if head.owner and entry:
+                session._owners.enter(head.owner, new.name, entry._replace(
+                    used=head.used, expires=expires), self.name, durable)
+            new.record = session._seal.seal(_SESSION, new.id, head, payload)
             if session.store.create(new.name, new.record, expires, durable):
                 return new  # else a revoke() blocked the name: begin again
 
     def _become(self, new: _Visit) -> None:
         """ Go on as the session that `_create` stored. """
         self.id, self.name, self.ended, self.moved = new.id, new.name, False, False
-        self.why = 'it was stored in this request'
         self.record, self.head, self.payload, self.older = new.record, new.head, new.payload, False
-        self.options = self.head[2:4]
-        self._settle()
+        self.options, self.why = self.head[2:4], 'it was stored in this request'
+        self._settle(self.load())
         self._tell()
 
     def regenerate(self, owner: str | None = None, note: str | None = None) -> None:
@@ -1820,17 +1827,19 @@ class _Visit:
                 return
             data.clear()  # a log-in begins anew, without what somebody logged out of
         if data or owner:
-            self._become(self._create(self.dumps(data), None, owner, entry, True))
+            head = self._next_head()._replace(owner=owner)
+            self._become(self._create(self.dumps(data), head, entry, True))
 
     def _move(self, owner: str | None, entry: _Entry) -> bool:
         """ Store the session under a new id and end the old one; False if it is gone. """
         session, name, owner_before = self.session, self.name, self.head.owner
         try:
-            lives = self._still_lives()
+            lives = self._lives()
             while lives:
                 now = session.clock()
-                new = self._create(self.dumps(self.changes()), self.head.created, owner, entry, True)
-                mark = self.seal.seal(_MOVED, self.id or '', _NO_HEAD._replace(created=now, used=now))
+                mark = session._seal.seal(_MOVED, self.id or '', _NO_HEAD._replace(used=now))
+                head = self._next_head(renew=True)._replace(owner=owner)
+                new = self._create(self.dumps(self.changes()), head, entry, True)
                 try:
                     stored = self._wait(session.store.replace, name, self.record[:_VERSION], mark,
                                         now + _MARK, self._lock(), True)
@@ -1866,11 +1875,11 @@ class _Visit:
         owners = {self.name: self.head.owner} if self.id else {}
         header = self.request.environ.get('HTTP_COOKIE', '')
         for id in _read_ids(header, session.cookie_name):
-            name = self.seal.name(id)
+            name = session._seal.name(id)
             if name not in owners:
                 owners[name], record = None, session.store.load(name)
                 with suppress(_Unreadable):
-                    owners[name] = self.seal.open(id, record)[1].owner if record else None
+                    owners[name] = session._seal.open(id, record)[1].owner if record else None
         for name in owners:
             session.store.remove(name)
         for name, owner in owners.items():
@@ -1879,10 +1888,10 @@ class _Visit:
         self.let_go()
         self.id, self.ended, self.moved, self.why = None, False, False, 'it was purged in this request'
         self.head, self.options, self.payload = _NO_HEAD, _Visit.options, None
-        self.due = self.older = False
+        self.older = False
         self.data = self.data or {}
         self.data.clear()
-        self._settle()
+        self._settle(self.data)
         if self.cookie or re.search('(?:^|;)\\s*%s=' % re.escape(session.cookie_name), header):
             self.cookie = session._cookie.line(_is_https(self.request.environ), '', 0)
 
@@ -1899,8 +1908,8 @@ class _Visit:
 
     def _lock(self) -> Any:
         """ Return what `Store.lock` gave. A forked child does not have its parent's. """
-        mine = self.held and self.held[0] == self.name and self.held[2] == os.getpid()
-        return self.held[1] if self.held and mine else None
+        held = self.held
+        return held[1] if held and held[0] == self.name and held[2] == os.getpid() else None
 
     def let_go(self) -> None:
         if self.held:
@@ -1967,8 +1976,8 @@ class _Visit:
         payload, self.options = self.snapshot
         data = self.load()
         data.clear()
-        data.update({} if payload is None else self.seal.loads(payload))
-        self.touched, self.forms, self.open = self._parsed().copy(), {}, True
+        data.update({} if payload is None else self.session._seal.loads(payload))
+        self.touched, self.forms, self.open = self.stored().copy(), {}, True
 
     def roll_back(self) -> None:
         """ Forget what a route that crashed did not save. """
@@ -1983,13 +1992,12 @@ class _Visit:
 
             :param answered: whether the route did, instead of crashing.
         """
-        if self.data is None:
-            return
         request = self.request
-        if answered and (self.touched or self.open or self.options != self.head[2:4]):
+        if answered and not self.depth and (self.touched or self.open
+                                            or self.options != self.head[2:4]):
             if self.session._saves_itself(request.app, request.environ.get('bottle.route')):
                 self.save()
-            elif request.rule() not in self.session._warned and not self.failed:
+            elif not self.failed and request.rule() not in self.session._warned:
                 self._warn_if_changed(request.rule())
         if self.due and self.id and not request.sent:
             self._record_use()
@@ -2298,18 +2306,18 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         data = visit.data
         value = (visit.load() if data is None else data)[key]
         if type(value) not in _PLAIN:
-            visit.touched.setdefault(key, value)
+            visit.touch(key, value)
         return value
 
     def __setitem__(self, key: Any, value: Any) -> None:
         visit = self._visit()
         data = visit.load()
-        visit.touched.setdefault(key, data.get(key, _MISSING))
+        visit.touch(key, data.get(key, _MISSING))
         data[key] = value
 
     def __delitem__(self, key: Any) -> None:
         visit = self._visit()
-        visit.touched.setdefault(key, visit.load().pop(key))
+        visit.touch(key, visit.load().pop(key))
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._visit().load())
@@ -2388,7 +2396,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
                 requests.get(url, cookies=session.issue_cookie({'user': 'joe'}))
                 webtest.TestApp(app).set_cookie(*session.issue_cookie(...).popitem())
         """
-        visit = _Visit(self, _Request(None, {}, None))
+        visit = _Visit()
+        visit.session, visit.request = self, _Request()
         visit.hand_out().update(data)
         if not visit.save():
             raise ValueError('issue_cookie() needs some data: an empty session is not stored')
@@ -2541,15 +2550,13 @@ def _raise_outside() -> NoReturn:
 class _Request:
     """ The request that is running: who visits, and how far it is. """
 
+    app: Any = None
+    environ: dict[str, Any] = {}
+    start_response: Any
     visits: dict[Session, _Visit] = {}  # of nobody; the first visit makes one
     sent = False         # the headers are
     crashed = False      # and the visits know it
     failure: Any = None  # the body of an error, instead of the route's
-
-    def __init__(self, app: Any, environ: dict[str, Any], start_response: Any) -> None:
-        self.app = app
-        self.environ = environ
-        self.start_response = start_response
 
     def rule(self) -> str:
         route = self.environ.get('bottle.route')
@@ -2611,8 +2618,9 @@ class _Request:
     def end(self) -> None:
         """ The request is over: nothing of it can be used any more. """
         for visit in self.visits.values():
-            visit.let_go()
-        self.visits, self.environ = {}, {}
+            if visit.held:
+                visit.let_go()
+        self.visits = self.environ = {}
 
 
 def _wsgi(app: bottle.Bottle, environ: dict[str, Any], start_response: Any) -> Any:
@@ -2620,7 +2628,8 @@ def _wsgi(app: bottle.Bottle, environ: dict[str, Any], start_response: Any) -> A
     outer = _current.get(None)
     if outer is not None and outer.environ is environ:  # a mounted app
         return _bottle_wsgi(app, environ, start_response)
-    request = _Request(app, environ, start_response)
+    request = _Request()
+    request.app, request.environ, request.start_response = app, environ, start_response
     token = _current.set(request)
     body = None
     try:
@@ -2656,7 +2665,8 @@ def _begin_visit(session: Session) -> _Visit:
         session._warned.add('processes')
         _log.warning("mode='memory' under a server with several processes: each of them has "
                      "sessions of its own. Use mode='file', or a redis URL for several hosts.")
-    visit = _Visit(session, request)
+    visit = _Visit()
+    visit.session, visit.request = session, request
     request.visits = {**request.visits, session: visit}
     return visit
 
