@@ -616,7 +616,7 @@ class FileStore(Store):
         if os.path.lexists(self.directory) and not os.path.isdir(self.directory):
             raise ValueError('sessions_dir=%r is not a directory' % self.directory)
         self._prefix = self.directory + os.sep
-        self._cleaner: Iterator[str] = iter(())
+        self._cleaner = self._paths()
         self._cleaning = threading.Lock()
         self._cleaned = 0.0
 
@@ -2018,6 +2018,9 @@ class _Visit:
 ###############################################################################
 
 
+_SETTABLE = 'data', 'days', 'permanent', 'lock_timeout', 'clock'
+
+
 class Session(MutableMapping):  # type: ignore[type-arg]
     """ The sessions of an app: one object for all visitors and threads.
 
@@ -2102,7 +2105,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
                           'at the top level of the module', UserWarning, 2)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name[:1] != '_' and name not in ('data', 'days', 'permanent', 'lock_timeout', 'clock'):
+        if name not in _SETTABLE and not (name[:1] == '_' and name in Session.__slots__):
             raise AttributeError(
                 'session.%s cannot be set, it would be the same for all visitors: use %s' % (
                     name, 'session.login(owner)' if name == 'owner' else 'session[%r] = ...' % name))
@@ -2491,7 +2494,7 @@ def _check_max_logins(most: int | None) -> int | None:
 def _check_owner(owner: str) -> None:
     _require(isinstance(owner, str), TypeError, 'owner must be a str, not %s: use the stable name '
              'of the user, such as str(user.id)', _kind(owner))
-    _require(owner, ValueError, 'owner=%r is empty: use the stable name of the user', owner)
+    _require(owner, ValueError, 'owner is empty%s: use the stable name of the user', '')
 
 
 def _check_serializer(serializer: Any) -> None:
