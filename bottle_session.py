@@ -1246,7 +1246,7 @@ class RedisStore(Store):
         self.client = client
         self._prefix = prefix
         self._pool = getattr(client, 'connection_pool', None)  # a cluster has one for each node
-        self._free: list[tuple[Any, float]] = []
+        self._free: list[Any] = []
         self._left_locked: list[tuple[str, bytes]] = []
         self._failures = 0
         self._open_again = 0.0
@@ -1292,16 +1292,17 @@ class RedisStore(Store):
 
     def sweep(self, now: float, progress: Progress = None) -> tuple[int, int]:
         pattern = re.sub(r'([][*?\\^-])', r'\\\1', self._prefix) + '?' * 64
-        nodes: list[Any] = [None] if self._pool else self.client.get_primaries()
+        stores = [self] if self._pool else [
+            RedisStore(self.client.get_redis_connection(node), self._prefix)
+            for node in self.client.get_primaries()]
         left = 0
-        for number, node in enumerate(nodes):
-            where = {'target_nodes': node} if node else {}
-            size, seen, cursor = self._ask('DBSIZE', **where) or 1, 0, None
+        for number, store in enumerate(stores):
+            size, seen, cursor = store._ask('DBSIZE') or 1, 0, None
             while cursor != b'0':
-                cursor, count = self._ask('EVAL', self._COUNT, 0, cursor or b'0', pattern, **where)
+                cursor, count = store._ask('EVAL', self._COUNT, 0, cursor or b'0', pattern)
                 left, seen = left + count, seen + 1000
                 if progress:
-                    progress((number + min(1.0, seen / size)) / len(nodes))
+                    progress((number + min(1.0, seen / size)) / len(stores))
         return 0, left  # the server removes them
 
     def _run(self, script: str, name: str, *args: Any) -> Any:
@@ -1311,33 +1312,17 @@ class RedisStore(Store):
             return self._run(script, name, *args)
         return reply
 
-    def _ask(self, *command: Any, **where: Any) -> Any:
-        """ Send a command; a lost connection is tried once more, a time-out is not,
-            and after two failures the next ones fail at once for a moment. """
+    def _ask(self, *command: Any) -> Any:
+        """ Send a command, and after two failures in a row fail at once for a moment. """
         start = time.monotonic()
-        failed = StoreError()
         if self._failures > 1:
             if start < self._open_again:
-                raise failed
+                raise StoreError()
             self._open_again = start + self._PAUSE  # for all but this one, which tries
-        for last in False, True:
-            try:
-                reply = self._send(start, command, where)
-                break
-            except Exception as error:
-                text = '%s: %s' % (_kind(error), error)
-                if 'WRONGTYPE' in text:
-                    _log.warning('redis: a key is no session; it is treated as absent: %s', text)
-                    return None
-                demoted = re.search('READONLY|ReadOnly|previous master', text)
-                refused = demoted or isinstance(error, self._refusals)
-                failed.maybe_done |= not refused and getattr(
-                    error, 'sent', 'onnecting to' not in text or 'Cluster' in text)
-                if demoted or not refused:
-                    self._free.clear()  # and look for the master again
-                if last or refused and not demoted or time.monotonic() - start > self._SLOW:
-                    self._note(command[0], text, 0 if refused else time.monotonic() - start)
-                    raise failed from error
+        try:
+            reply = self._send(start, command)
+        except Exception as error:
+            reply = self._try_again(error, start, command)
         self._failures = 0
         while self._left_locked:
             with suppress(StoreError):
@@ -1346,28 +1331,49 @@ class RedisStore(Store):
             self._check_policy()
         return reply
 
-    def _note(self, command: str, text: str, seconds: float) -> None:
-        """ Log what failed, and count it if the server did not answer. """
+    def _try_again(self, error: Exception, start: float, command: tuple[Any, ...]) -> Any:
+        """ Send a command once more if its connection was lost, not if it timed out. """
+        again, maybe_done = self._judge(error)
+        seconds = time.monotonic() - start
+        if again and seconds < self._SLOW:
+            try:
+                return self._send(start, command)
+            except Exception as second:
+                error, seconds = second, time.monotonic() - start
+                again, maybe_done = self._judge(error)[0], self._judge(error)[1] or maybe_done
+        text = '%s: %s' % (_kind(error), error)
+        if 'WRONGTYPE' in text:
+            _log.warning('redis: a key is no session; it is treated as absent: %s', text)
+            return None
         for pattern, remedy in self._REMEDIES.items():
-            if re.search(pattern, text):
-                text += '; ' + remedy
-        _log.error('redis: %s failed: %s', command, text)
-        if seconds:
+            text += '; ' + remedy if re.search(pattern, text) else ''
+        _log.error('redis: %s failed: %s', command[0], text)
+        if again:
             self._failures += 2 if seconds > self._SLOW else 1
             self._open_again = time.monotonic() + self._PAUSE
+        failed = StoreError()
+        failed.maybe_done = maybe_done
+        raise failed from error
 
-    def _send(self, start: float, command: tuple[Any, ...], where: dict[str, Any]) -> Any:
-        """ Send a command over a connection that nobody else uses meanwhile.
+    def _judge(self, error: Exception) -> tuple[bool, bool]:
+        """ Tell whether another connection may help, and whether the command may have
+            been executed. """
+        text = '%s: %s' % (_kind(error), error)
+        demoted = 'READONLY' in text or 'ReadOnly' in text or 'previous master' in text
+        lost = not isinstance(error, self._refusals)
+        if lost or demoted:
+            self._free.clear()
+        return lost or demoted, lost and not demoted and getattr(
+            error, 'sent', 'onnecting to' not in text or 'Cluster' in text)
 
-            There are as many as requests that are at the server at once. One for each
-            thread would not do: gevent's servers have a new greenlet for each request.
-            redis-py's pool costs three times as much.
-        """
+    def _send(self, start: float, command: tuple[Any, ...]) -> Any:
+        """ Send a command over a connection that nobody else uses meanwhile. redis-py's
+            own pool costs three times as much. """
         if self._pool is None:
-            return self.client.execute_command(*command, **where)
-        sent, connection = False, None
+            return self.client.execute_command(*command)
+        connection, sent = None, False
         try:
-            connection = self._take(start) or self._connect()
+            connection = self._take(start)
             connection.send_command(*command)
             sent = True
             reply = connection.read_response()
@@ -1376,21 +1382,21 @@ class RedisStore(Store):
             if connection:
                 connection.disconnect()
             raise
-        self._free.append((connection, start))
+        connection.used = start
+        self._free.append(connection)
         return reply
 
     def _take(self, now: float) -> Any:
-        """ Return a connection that is ready, or None. """
+        """ Return a connection that is free, else a new one. There are as many as requests
+            that are at the server at once: one for each thread would be a new one for
+            each request where that has a greenlet of its own. """
         with suppress(IndexError):
-            if self._free[0][1] < now - self._IDLE:
+            if self._free[0].used < now - self._IDLE:
                 del self._free[0]
             while True:
-                connection, used = self._free.pop()
-                if used > now - self._IDLE and connection.pid == os.getpid():
+                connection = self._free.pop()
+                if connection.used > now - self._IDLE and connection.pid == os.getpid():
                     return connection
-        return None
-
-    def _connect(self) -> Any:
         connection = self._pool.connection_class(**self._calm(dict(self._pool.connection_kwargs)))
         connection.connect()
         return connection
