@@ -1074,7 +1074,8 @@ class RedisStore(Store):
     # KEYS[1] is a hash: r = record, l = the holder's token, u = its end in server ms.
     # A command whose reply was lost is sent again, and finds its own record.
     _CREATE = """
-        if redis.call('TYPE', KEYS[1]).ok ~= 'hash' then redis.call('DEL', KEYS[1]) end
+        local kind = redis.call('TYPE', KEYS[1]).ok
+        if kind ~= 'none' and kind ~= 'hash' then redis.call('DEL', KEYS[1]) end
         if redis.call('HSETNX', KEYS[1], 'r', ARGV[1]) == 0
             and redis.call('HGET', KEYS[1], 'r') ~= ARGV[1] then return 0 end
         redis.call('PEXPIRE', KEYS[1], ARGV[2])
@@ -1086,7 +1087,7 @@ class RedisStore(Store):
         local now = time[1] * 1000 + math.floor(time[2] / 1000)
         local function locked(token)  -- 2: by another; 3: by nobody that writes as we do
             if lock == token or not (lock or till) then return end
-            local left = (tonumber(till) or 1e9) - now
+            local left = (tonumber(till) or math.huge) - now
             if lock and left <= 30000 then return left > 0 and 2 end
             redis.call('HDEL', KEYS[1], 'l', 'u')
             return 3
@@ -1120,10 +1121,10 @@ class RedisStore(Store):
         return {found[1], sessions}"""
     _REMEDIES = {
         'NOPERM|NoPermission|ACL failure|an.t run this': 'let its user do that: ACL SETUSER (name) '
-        '~(prefix)* +@hash +eval +del +type +pexpire +time +info +ping +scan +dbsize',
+        '~(prefix)* +hget +hset +hsetnx +hmget +hdel +del +type +pexpire +time +eval +ping +info '
+        '+scan +dbsize',
         'Authentication': 'AUTH was refused: check user and password in the URL or the client',
         'OutOfMemory|OOM': 'raise maxmemory'}
-
     _OPTION = (r'(db|protocol|max_connections|health_check_interval)=\d+'
                r'|socket_(connect_)?timeout=(?=.*[1-9])\d*\.?\d+'
                r'|(username|password|client_name|socket_keepalive|decode_responses|ssl_\w+)=.+')
@@ -1205,7 +1206,7 @@ class RedisStore(Store):
             size, seen, cursor = store._ask('DBSIZE') or 1, 0, None
             while cursor != b'0':
                 cursor, count = store._ask('EVAL', self._COUNT, 0, cursor or b'0', pattern)
-                left, seen = left + count, seen + 1000
+                left, seen = left + count, size if cursor == b'0' else seen + 1000
                 if progress:
                     progress((number + min(1.0, seen / size)) / len(stores))
         return 0, left  # the server removes them
@@ -1266,8 +1267,8 @@ class RedisStore(Store):
         text = '%s: %s' % (_kind(error), error)
         demoted = 'READONLY' in text or 'ReadOnly' in text or 'previous master' in text
         lost = not isinstance(error, self._refusals)
-        if lost or demoted:
-            self._free.clear()
+        while self._free and (lost or demoted):
+            self._free.pop().disconnect()
         return lost or demoted, lost and not demoted and getattr(
             error, 'sent', 'onnecting to' not in text or 'Cluster' in text)
 
@@ -1297,11 +1298,12 @@ class RedisStore(Store):
             each request where that has a greenlet of its own. """
         with suppress(IndexError):
             if self._free[0].used < now - self._IDLE:
-                del self._free[0]
+                self._free.pop(0).disconnect()
             while True:
                 connection = self._free.pop()
                 if connection.used > now - self._IDLE and connection.pid == os.getpid():
                     return connection
+                connection.disconnect()
         connection = self._pool.connection_class(**self._calm(dict(self._pool.connection_kwargs)))
         connection.connect()
         return connection
