@@ -1194,7 +1194,11 @@ class RedisStore(Store):
         return (token, reply) if reply else None
 
     def unlock(self, name: str, lock: bytes) -> None:
-        self._run(self._UNLOCK, name, lock)
+        try:
+            self._run(self._UNLOCK, name, lock)
+        except BaseException:
+            self._left_locked.append((name, lock))
+            raise
 
     def sweep(self, now: float, progress: Progress = None) -> tuple[int, int]:
         pattern = re.sub(r'([][*?\\^-])', r'\\\1', self._prefix) + '?' * 64
@@ -1231,8 +1235,9 @@ class RedisStore(Store):
             reply = self._try_again(error, start, command)
         self._failures = 0
         while self._left_locked:
-            with suppress(StoreError):
-                self.unlock(*self._left_locked.pop())
+            with suppress(StoreError, IndexError):
+                name, lock = self._left_locked.pop()
+                self._run(self._UNLOCK, name, lock)
         if not self._policy_checked:
             self._check_policy()
         return reply
