@@ -17,10 +17,10 @@ PAGE = '''<!doctype html><html lang="en">
   body { font: 17px/1.5 system-ui, sans-serif; max-width: 34rem; margin: 5vh auto; padding: 0 9px }
   li { display: flex; justify-content: space-between; align-items: center; gap: 1rem;
        padding: .7rem 0; border-bottom: 1px solid #dde }
-  ul { padding: 0 } h2 { margin: 2.5rem 0 0 } small { display: block; color: #566 }
+  ul { padding: 0 } h2 { margin: 40px 0 0; font-size: 22px } small { display: block; color: #566 }
   .narrow { max-width: 20rem } .narrow input:not([type=checkbox]) { width: 100% }
   input, button { font: inherit; padding: .4rem .8rem; box-sizing: border-box }
-  button { border: 0; border-radius: 4px; color: #fff; background: #15795c; cursor: pointer }
+  button { border: 0; border-radius: 4px; color: #fff; background: #15795c; white-space: nowrap }
 </style>
 <h1>{{'Hello, ' + owner if owner else 'Log in'}}</h1> <p role="status">{{message}}
 % if not owner:
@@ -35,7 +35,7 @@ PAGE = '''<!doctype html><html lang="en">
 <form method="post" action="/logout"><input name="csrf" value="{{csrf}}" hidden><ul>
 % for login in logins:
 <li><span>{{device(login.note)}} {{!'<b>(this one)</b>' if login.here else ''}}
-<small>Last use: {{ago(login.used)}}</small></span>
+<small>Last use: {{'now' if login.here else ago(login.used)}}</small></span>
     <button name="id" value="{{login.id}}">Log out</button>
 % end
 </ul>

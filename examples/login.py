@@ -29,7 +29,7 @@ PAGE = '''<!doctype html>
 <p><label>Password <input name="password" type="password" autocomplete="current-password"></label>
 <p><small>For trying: joe, open sesame</small>
 % end
-<input type="hidden" name="csrf" value="{{csrf}}">
+<p><input type="hidden" name="csrf" value="{{csrf}}">
 <button>{{'Log out' if user else 'Log in'}}</button>
 </form>'''
 
