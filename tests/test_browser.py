@@ -14,12 +14,16 @@ import pytest
 from conftest import HERE, SECRET, Server, package, tool, until
 from bottle_session import Session
 
-#: Runs an example as `python examples/NAME.py` does, but at another address: a thread for
-#: each request, or one after the other. Tells in its log which requests begin.
+#: Runs an example as `python examples/NAME.py` does, but at another address, and tells in its
+#: log which requests begin. Kinds: 'one by one', as there; 'threads', one for each request;
+#: 'quick', the same, and a password is looked at in no time.
 EXAMPLE = '''
-import runpy, socketserver, sys, wsgiref.simple_server
+import hashlib, runpy, socketserver, sys, wsgiref.simple_server
 import bottle
 _, path, kind, host, port = sys.argv
+scrypt = hashlib.scrypt
+if kind == 'quick':
+    hashlib.scrypt = lambda *args, **cost: scrypt(*args, **{**cost, 'n': 2})
 
 class Threads(socketserver.ThreadingMixIn, wsgiref.simple_server.WSGIServer):
     daemon_threads = True
@@ -30,7 +34,7 @@ def run(app, **options):
         return app(environ, start_response)
 
     options.update(host=host, port=int(port))
-    if kind == 'threads':
+    if kind != 'one by one':
         options['server_class'] = Threads
     bottle.run(told, **options)
 
@@ -86,7 +90,7 @@ def serve(tmp_path_factory):
     """ A function that serves an example and returns the server, with its page in `url`. """
     servers = {}
 
-    def start(name, kind='threads'):
+    def start(name, kind='quick'):
         if (name, kind) not in servers:
             path = os.path.join(HERE, 'examples', name + '.py')
             server = servers[name, kind] = Server(
