@@ -38,10 +38,10 @@ def open(path, flags, mode=0o777):
 def unless_open(name):
     def function(*paths):
         with mutex:
+            ours = [os.path.realpath(fd.path) for fd in os.scandir('/proc/self/fd')]
             for path in paths:
-                for fd in os.scandir('/proc/self/fd'):
-                    if os.path.realpath(path) == os.path.realpath(fd.path):
-                        refuse(path, 'Somebody has it open')
+                if os.path.realpath(path) in ours:
+                    refuse(path, 'Somebody has it open')
             getattr(real, name)(*paths)
     return function
 
@@ -75,8 +75,8 @@ os.open, os.read, os.write, os.fsync = open, read, write, fsync
 for name in 'unlink', 'remove', 'rename', 'replace':
     setattr(os, name, unless_open(name))
 for name in ("""pread pwrite preadv pwritev readv writev fchmod fchown fdatasync fork forkpty
-             register_at_fork geteuid getuid getegid getgid setuid setgid chown mkfifo mknod sync
-             statvfs fstatvfs posix_fallocate posix_fadvise lockf setsid killpg uname nice
+             register_at_fork geteuid getuid getegid getgid setuid setgid chown mknod sync
+             statvfs fstatvfs posix_fallocate posix_fadvise lockf setsid killpg nice
              O_NOFOLLOW O_NONBLOCK O_CLOEXEC O_NOCTTY O_DIRECTORY O_SYNC O_DSYNC""").split():
     vars(os).pop(name, None)
 sys.modules.update(dict.fromkeys(['fcntl', 'grp', 'pwd', 'resource', 'syslog', 'termios']),
