@@ -174,7 +174,7 @@ class _Cookie:
                  "for the host that sent the cookie", domain)
         for option, flag in (('secure', secure or False), ('httponly', httponly),
                              ('partitioned', partitioned)):
-            _require(flag is True or flag is False, TypeError, option + '=%r: use True or False', flag)
+            _check_flag(option, flag)
         host = name.lower().startswith('__host-')
         cross = str(samesite).lower() == 'none' and samesite is not None
         _require(secure or not host and not name.lower().startswith('__secure-'), ValueError,
@@ -218,6 +218,11 @@ class _Cookie:
 def _is_https(environ: Mapping[str, Any]) -> bool:
     """ Tell whether the visitor came by https, by the rule of `bottle.request.urlparts`. """
     return (environ.get('HTTP_X_FORWARDED_PROTO') or environ.get('wsgi.url_scheme')) == 'https'
+
+
+def _check_flag(argument: str, flag: bool) -> bool:
+    _require(flag is True or flag is False, ValueError, argument + '=%r: use True or False', flag)
+    return flag
 
 
 def _require(condition: Any, error: type[Exception], message: str, value: Any) -> None:
@@ -2166,6 +2171,13 @@ class _Visit:
 ###############################################################################
 
 
+def _of_the_data(name: str) -> Any:
+    """ Return a method of Session that is the one of its `data`. """
+    def method(self: Session, *args: Any) -> Any:
+        return getattr(self.data, name)(*args)
+    return method
+
+
 _SETTABLE = 'data', 'days', 'permanent', 'lock_timeout', 'clock'
 
 
@@ -2239,7 +2251,11 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         self._days = _check_days('days', days)
         self._max_age = math.inf if max_days is None else _check_days('max_days', max_days) * _DAY
         self._permanent = _check_flag('permanent', permanent)
-        self._max_logins = _check_max_logins(max_logins)
+        _require(max_logins is None or type(max_logins) is int, TypeError,
+                 'max_logins=%r: use a whole number, or None for no limit', max_logins)
+        _require(max_logins is None or max_logins > 0, ValueError,
+                 'max_logins=%r: use 1 or more, or None for no limit', max_logins)
+        self._max_logins = max_logins
         self.lock_timeout = lock_timeout
         _check_serializer(serializer)
         put('store', _make_store(mode, sessions_dir))
@@ -2482,33 +2498,12 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def get(self, key: Any, default: Any = None, /) -> Any:
         return self[key] if key in self else default
 
-    def keys(self) -> Any:
-        return self.data.keys()
-
-    def values(self) -> Any:
-        return self.data.values()
-
-    def items(self) -> Any:
-        return self.data.items()
-
-    def popitem(self) -> tuple[Any, Any]:
-        return self.data.popitem()
-
-    def copy(self) -> dict[Any, Any]:
-        return self.data.copy()
-
-    def __or__(self, other: Mapping[Any, Any]) -> dict[Any, Any]:
-        return {**self.data, **other} if isinstance(other, Mapping) else NotImplemented
-
-    def __ror__(self, other: Mapping[Any, Any]) -> dict[Any, Any]:
-        return {**other, **self.data} if isinstance(other, Mapping) else NotImplemented
+    keys, values, items, pop, popitem, copy, __or__, __ror__, __reversed__ = map(_of_the_data, (
+        'keys', 'values', 'items', 'pop', 'popitem', 'copy', '__or__', '__ror__', '__reversed__'))
 
     def __ior__(self, other: Any) -> Session:  # type: ignore[misc]
         self.update(other)
         return self
-
-    def __reversed__(self) -> Iterator[Any]:
-        return iter(reversed(self.data))
 
     def __eq__(self, other: object) -> bool:  # Bottle keeps plugins in lists
         if isinstance(other, Session):
@@ -2624,19 +2619,6 @@ def _check_days(argument: str, days: float) -> float:
     _require(0 < days <= 10_000_000, ValueError,
              argument + '=%r: use a number of days greater than 0', days)
     return days
-
-
-def _check_flag(argument: str, flag: bool) -> bool:
-    _require(flag is True or flag is False, TypeError, argument + '=%r: use True or False', flag)
-    return flag
-
-
-def _check_max_logins(most: int | None) -> int | None:
-    _require(most is None or isinstance(most, int) and not isinstance(most, bool), TypeError,
-             'max_logins=%r: use a whole number, or None for no limit', most)
-    _require(most is None or most > 0, ValueError,
-             'max_logins=%r: use 1 or more, or None for no limit', most)
-    return most
 
 
 def _check_owner(owner: str) -> None:
