@@ -64,7 +64,7 @@ WRONG = [  # argument, values, error, words beside the argument's name, other ar
     ('days', ['30', None, True], TypeError, ['number'], {}),
     ('max_days', [0, -0.5], ValueError, ['greater than 0'], {}),
     ('max_days', ['1', False], TypeError, ['number'], {}),
-    ('permanent', [None, 1, 'no'], TypeError, ['True or False'], {}),
+    ('permanent', [None, 1, 'no'], (TypeError, ValueError), ['True or False'], {}),
     ('max_logins', [0, -3], ValueError, ['1 or more'], {}),
     ('max_logins', [1.5, '3', True], TypeError, ['whole number'], {}),
     ('secure', ['yes', 1], ValueError, ['True or False'], {}),
