@@ -1059,7 +1059,8 @@ class RedisStore(Store):
         :param client: a URL (``redis://``, ``rediss://``, ``valkey://``,
             ``unix://``, with redis-py's query options), or a client of redis-py
             that returns bytes, of a sentinel or a cluster too. Time-outs are one
-            second unless the URL or the client sets others.
+            second unless the URL or the client sets others, and only this store
+            tries again: a cluster's client and sentinels are set up for that.
         :param prefix: what the keys begin with.
     """
 
@@ -1068,26 +1069,33 @@ class RedisStore(Store):
     # What fails later than that timed out, whatever redis-py calls it: it is not
     # tried again, and counts as two, so that nobody else waits for a time-out.
     _SLOW = 0.3     # seconds
+    _IDLE = 60.0    # seconds until a connection that nobody needs is closed
 
     # KEYS[1] is a hash: r = record, l = the holder's token, u = its end in server ms.
     # A command whose reply was lost is sent again, and finds its own record.
     _CREATE = """
+        local kind = redis.call('TYPE', KEYS[1]).ok
+        if kind ~= 'none' and kind ~= 'hash' then redis.call('DEL', KEYS[1]) end
         if redis.call('HSETNX', KEYS[1], 'r', ARGV[1]) == 0
-                and redis.call('HGET', KEYS[1], 'r') ~= ARGV[1] then
-            return 0
-        end
+            and redis.call('HGET', KEYS[1], 'r') ~= ARGV[1] then return 0 end
         redis.call('PEXPIRE', KEYS[1], ARGV[2])
         return 1"""
     _READ = """
         local record, lock, till = unpack(redis.call('HMGET', KEYS[1], 'r', 'l', 'u'))
-        local function now()
-            local time = redis.call('TIME')
-            return time[1] * 1000 + math.floor(time[2] / 1000)
-        end
-        if not record then return 0 end"""
+        if not record then return 0 end
+        local time = redis.call('TIME')
+        local now = time[1] * 1000 + math.floor(time[2] / 1000)
+        local function locked(token)  -- 2: by another; 3: by nobody that writes as we do
+            if lock == token or not (lock or till) then return end
+            local left = (tonumber(till) or math.huge) - now
+            if lock and left <= 30000 then return left > 0 and 2 end
+            redis.call('HDEL', KEYS[1], 'l', 'u')
+            return 3
+        end"""
     _REPLACE = _READ + """
         if string.sub(record, 1, 16) == string.sub(ARGV[2], 1, 16) then return 1 end
-        if lock and lock ~= ARGV[4] and (tonumber(till) or 0) > now() then return 2 end
+        local state = locked(ARGV[4])
+        if state then return state end
         if string.sub(record, 1, 16) ~= ARGV[1] then return record end
         redis.call('HSET', KEYS[1], 'r', ARGV[2])
         redis.call('PEXPIRE', KEYS[1], ARGV[3])
@@ -1097,40 +1105,64 @@ class RedisStore(Store):
         if not record or string.sub(record, 1, 16) ~= ARGV[1] then return 0 end
         return redis.call('DEL', KEYS[1])"""
     _LOCK = _READ + """
-        if lock and lock ~= ARGV[1] and (tonumber(till) or 0) > now() then return 2 end
-        redis.call('HSET', KEYS[1], 'l', ARGV[1], 'u', string.format('%d', now() + ARGV[2]))
+        local state = locked(ARGV[1])
+        if state then return state end
+        redis.call('HSET', KEYS[1], 'l', ARGV[1], 'u', string.format('%d', now + ARGV[2]))
         return record"""
     _UNLOCK = """
         if redis.call('HGET', KEYS[1], 'l') ~= ARGV[1] then return 0 end
         return redis.call('HDEL', KEYS[1], 'l', 'u')"""
+    _COUNT = """
+        local found, sessions = redis.call('SCAN', ARGV[1], 'MATCH', ARGV[2], 'COUNT', 1000), 0
+        for _, key in ipairs(found[2]) do
+            local record = redis.pcall('HGET', key, 'r')
+            if type(record) == 'string' and record:byte() == 115 then sessions = sessions + 1 end
+        end
+        return {found[1], sessions}"""
+    _REMEDIES = {
+        'NOPERM|NoPermission|ACL failure|an.t run this': 'let its user do that: ACL SETUSER (name) '
+        '~(prefix)* +hget +hset +hsetnx +hmget +hdel +del +type +pexpire +time +eval +ping +info '
+        '+scan +dbsize',
+        'Authentication': 'AUTH was refused: check user and password in the URL or the client',
+        'OutOfMemory|OOM': 'raise maxmemory'}
+    _OPTION = (r'(db|protocol|max_connections|health_check_interval)=\d+'
+               r'|socket_(connect_)?timeout=(?=.*[1-9])\d*\.?\d+'
+               r'|(username|password|client_name|socket_keepalive|decode_responses|ssl_\w+)=.+')
 
     def __init__(self, client: Any = 'redis://localhost:6379/0',
                  prefix: str = 'bsession:') -> None:
         try:
             import redis
-            from redis.backoff import NoBackoff
-            from redis.retry import Retry
         except ImportError as error:
             raise ImportError("redis URLs need the package 'redis': "
                               "pip install 'redis[hiredis]'") from error
-        self._errors = redis.exceptions
+        if not isinstance(prefix, str):
+            raise TypeError('prefix must be a str, not %s' % _kind(prefix))
+        self._redis, errors = redis, redis.exceptions
+        self._refusals = errors.ResponseError, errors.AuthenticationError, errors.BusyLoadingError
+        # What the time-outs are where nobody has set one.
+        self._unset = [None, inspect.signature(redis.Redis).parameters['socket_timeout'].default]
         if isinstance(client, str):
-            client = redis.Redis.from_url(
-                re.sub('^valkey', 'redis', client), socket_timeout=1, socket_connect_timeout=1,
-                retry=Retry(NoBackoff(), 0))
-        if client.get_encoder().decode_responses:
-            raise ValueError('RedisStore needs a client that returns bytes: '
-                             'make it without decode_responses=True')
+            self._unset.pop()
+            client = self._client(client)
+        if not isinstance(client, (redis.Redis, redis.RedisCluster)) \
+                or client.get_encoder().decode_responses:
+            raise ValueError('client must be a URL, or a redis.Redis or redis.RedisCluster that '
+                             'returns bytes: made without decode_responses=True')
         self.client = client
         self._prefix = prefix
-        self._hashes: dict[str, str] = {}
+        self._pool = getattr(client, 'connection_pool', None)  # a cluster has one for each node
+        self._free: list[Any] = []
+        self._left_locked: list[tuple[str, bytes]] = []
         self._failures = 0
         self._open_again = 0.0
         self._policy_checked = False
-        self._check_policy()
+        self._calm_helpers()
+        with suppress(StoreError):  # what is wrong is in the log early
+            self._ask('PING')
 
     def load(self, name: str) -> bytes | None:
-        record: bytes | None = self._ask(self.client.hget, self._prefix + name, 'r')
+        record: bytes | None = self._ask('HGET', self._prefix + name, 'r')
         return record
 
     def create(self, name: str, record: bytes, expires: float, durable: bool = False) -> bool:
@@ -1146,91 +1178,196 @@ class RedisStore(Store):
 
     def remove(self, name: str, version: bytes | None = None) -> bool:
         if version is None:
-            return bool(self._ask(self.client.delete, self._prefix + name))
+            return bool(self._ask('DEL', self._prefix + name))
         return bool(self._run(self._REMOVE, name, version))
 
     def lock(self, name: str) -> tuple[bytes, bytes] | None:
         token = os.urandom(12)
         try:
             reply = self._run(self._LOCK, name, token, self._LEASE)
-        except BaseException:
-            with suppress(StoreError):  # it may have been taken, and the reply was lost
-                self.unlock(name, token)
+        except BaseException as error:
+            if getattr(error, 'maybe_done', True):
+                self._left_locked.append((name, token))
             raise
         if reply == 2:
             raise SessionBusy()
         return (token, reply) if reply else None
 
     def unlock(self, name: str, lock: bytes) -> None:
-        self._run(self._UNLOCK, name, lock)
+        try:
+            self._run(self._UNLOCK, name, lock)
+        except BaseException:
+            self._left_locked.append((name, lock))
+            raise
 
     def sweep(self, now: float, progress: Progress = None) -> tuple[int, int]:
+        pattern = re.sub(r'([][*?\\^-])', r'\\\1', self._prefix) + '?' * 64
+        stores = [self] if self._pool else [
+            RedisStore(self.client.get_redis_connection(node), self._prefix)
+            for node in self.client.get_primaries()]
         left = 0
-        for key in self._ask(lambda: list(self.client.scan_iter(self._prefix + '*', 1000))):
-            left += (self._ask(self.client.hget, key, 'r') or b'')[:1] == _SESSION
+        for number, store in enumerate(stores):
+            size, seen, cursor = store._ask('DBSIZE') or 1, 0, None
+            while cursor != b'0':
+                cursor, count = store._ask('EVAL', self._COUNT, 0, cursor or b'0', pattern)
+                left, seen = left + count, size if cursor == b'0' else seen + 1000
+                if progress:
+                    progress((number + min(1.0, seen / size)) / len(stores))
         return 0, left  # the server removes them
 
     def _run(self, script: str, name: str, *args: Any) -> Any:
-        """ Run a script by its hash; the server learns it again when it lost it. """
-        sha = self._hashes.get(script)
-        if sha is None:
-            sha = self._hashes[script] = hashlib.sha1(script.encode('ascii')).hexdigest()
-        key = self._prefix + name
-        try:
-            return self._ask(self.client.evalsha, sha, 1, key, *args)
-        except self._errors.NoScriptError:
-            return self._ask(self.client.eval, script, 1, key, *args)
+        reply = self._ask('EVAL', script, 1, self._prefix + name, *args)
+        if reply == 3:
+            _log.warning('session %s: a foreign lock is treated as absent', _public(name))
+            return self._run(script, name, *args)
+        return reply
 
-    def _ask(self, command: Callable[..., Any], *args: Any) -> Any:
-        """ Send a command; a lost connection is tried once more, a time-out is not,
-            and after two failures the next ones fail at once for a moment. """
+    def _ask(self, *command: Any) -> Any:
+        """ Send a command, and after two failures in a row fail at once for a moment. """
         start = time.monotonic()
-        if self._failures > 1 and start < self._open_again:
-            raise StoreError()
+        if self._failures > 1:
+            if start < self._open_again:
+                raise StoreError()
+            self._open_again = start + self._PAUSE  # for all but this one, which tries
         try:
-            try:
-                reply = command(*args)
-            except self._errors.ConnectionError:
-                if time.monotonic() - start > self._SLOW:
-                    raise
-                reply = command(*args)
-        except self._errors.NoScriptError:
-            raise
-        except (self._errors.RedisError, OSError) as error:
-            if 'WRONGTYPE' in str(error):
-                _log.warning('redis: a key is no session; it is treated as absent: %s', error)
-                return None
-            _log.error('redis: %s: %s', type(error).__name__, error)
-            failed = StoreError()
-            if isinstance(error, self._errors.ReadOnlyError) or 'READONLY' in str(error):
-                # A replica by now: look again. Redis 6.2 says so in a script's error only.
-                if hasattr(self.client, 'connection_pool'):  # a cluster's client looks itself
-                    self.client.connection_pool.disconnect()
-            elif not isinstance(error, self._errors.ResponseError):
-                now = time.monotonic()
-                failed.maybe_done = True
-                self._failures += 2 if now - start > self._SLOW else 1
-                self._open_again = now + self._PAUSE
-            raise failed from error
+            reply = self._send(start, command)
+        except Exception as error:
+            reply = self._try_again(error, start, command)
         self._failures = 0
+        while self._left_locked:
+            with suppress(StoreError, IndexError):
+                name, lock = self._left_locked.pop()
+                self._run(self._UNLOCK, name, lock)
         if not self._policy_checked:
             self._check_policy()
         return reply
 
+    def _try_again(self, error: Exception, start: float, command: tuple[Any, ...]) -> Any:
+        """ Send a command once more if its connection was lost, not if it timed out. """
+        again, maybe_done = self._judge(error)
+        seconds = time.monotonic() - start
+        if again and seconds < self._SLOW:
+            try:
+                return self._send(start, command)
+            except Exception as second:
+                error, seconds = second, time.monotonic() - start
+                again, maybe_done = self._judge(error)[0], self._judge(error)[1] or maybe_done
+        text = '%s: %s' % (_kind(error), error)
+        if 'WRONGTYPE' in text:
+            _log.warning('redis: a key is no session; it is treated as absent: %s', text)
+            return None
+        for pattern, remedy in self._REMEDIES.items():
+            text += '; ' + remedy if re.search(pattern, text) else ''
+        _log.error('redis: %s failed: %s', command[0], text)
+        if again:
+            self._failures += 2 if seconds > self._SLOW else 1
+            self._open_again = time.monotonic() + self._PAUSE
+        failed = StoreError()
+        failed.maybe_done = maybe_done
+        raise failed from error
+
+    def _judge(self, error: Exception) -> tuple[bool, bool]:
+        """ Tell whether another connection may help, and whether the command may have
+            been executed. """
+        text = '%s: %s' % (_kind(error), error)
+        demoted = 'READONLY' in text or 'ReadOnly' in text or 'previous master' in text
+        lost = not isinstance(error, self._refusals)
+        while self._free and (lost or demoted):
+            self._free.pop().disconnect()
+        return lost or demoted, lost and not demoted and getattr(
+            error, 'sent', 'onnecting to' not in text or 'Cluster' in text)
+
+    def _send(self, start: float, command: tuple[Any, ...]) -> Any:
+        """ Send a command over a connection that nobody else uses meanwhile. redis-py's
+            own pool costs three times as much. """
+        if self._pool is None:
+            return self.client.execute_command(*command)
+        connection, sent = None, False
+        try:
+            connection = self._take(start)
+            connection.send_command(*command)
+            sent = True
+            reply = connection.read_response()
+        except BaseException as error:
+            error.sent = sent  # type: ignore[attr-defined]
+            if connection:
+                connection.disconnect()
+            raise
+        connection.used = start
+        self._free.append(connection)
+        return reply
+
+    def _take(self, now: float) -> Any:
+        """ Return a connection that is free, else a new one. There are as many as requests
+            that are at the server at once: one for each thread would be a new one for
+            each request where that has a greenlet of its own. """
+        with suppress(IndexError):
+            if self._free[0].used < now - self._IDLE:
+                self._free.pop(0).disconnect()
+            while True:
+                connection = self._free.pop()
+                if connection.used > now - self._IDLE and connection.pid == os.getpid():
+                    return connection
+                connection.disconnect()
+        connection = self._pool.connection_class(**self._calm(dict(self._pool.connection_kwargs)))
+        connection.connect()
+        return connection
+
+    def _calm(self, settings: dict[str, Any], helpers: int = 0) -> dict[str, Any]:
+        """ Put in our time-outs where there are none, and no tries but ours. """
+        from redis.backoff import NoBackoff
+        from redis.retry import Retry
+        for option in 'socket_timeout', 'socket_connect_timeout':
+            if settings.get(option) in self._unset:
+                settings[option] = min(1.0, 1.8 / (1 + helpers))  # they are asked one by one
+        settings.update(retry=Retry(NoBackoff(), 0), retry_on_timeout=False, retry_on_error=[])
+        return settings
+
+    def _calm_helpers(self) -> None:
+        """ Do that for the clients that this one asks by itself. """
+        if self._pool is None:
+            helpers = [node.redis_connection for node in self.client.get_nodes()]
+            settings = self._calm(self.client.nodes_manager.connection_kwargs, len(helpers))
+            self.client.cluster_error_retry_attempts = 0  # redis-py 5 looks here
+            self.client.set_retry(settings['retry'])
+        else:
+            helpers = getattr(getattr(self._pool, 'sentinel_manager', None), 'sentinels', [])
+        for helper in filter(None, helpers):
+            self._calm(helper.connection_pool.connection_kwargs, len(helpers))
+            helper.connection_pool.reset()
+
     def _check_policy(self) -> None:
         """ Warn of a server that would rather throw sessions away than be full. """
-        try:
-            policy = self.client.info('memory').get('maxmemory_policy', 'noeviction')
-        except (self._errors.ConnectionError, self._errors.TimeoutError, OSError) as error:
-            _log.warning('redis does not answer yet: %s', error)
-            return
-        except (self._errors.RedisError, AttributeError) as error:  # not allowed, or a cluster
-            _log.info('cannot tell the eviction policy of redis: %s', error)
-            policy = 'noeviction'
         self._policy_checked = True
-        if policy != 'noeviction':
-            _log.warning('redis has maxmemory-policy %s: it throws living sessions away when its '
-                         'memory is full; use noeviction', policy)
+        with suppress(StoreError):  # not allowed, say; it is in the log
+            policies = re.findall(r'maxmemory_policy\W+([\w-]+)', str(self._ask('INFO', 'memory')))
+            for policy in set(policies) - {'noeviction'}:
+                _log.warning('redis has maxmemory-policy %s: it throws living sessions away when '
+                             'its memory is full; use noeviction', policy)
+
+    def _client(self, url: str) -> Any:
+        """ Return a client; ValueError says what is wrong, also where redis-py says it late. """
+        from urllib.parse import urlsplit
+        url = re.sub('^valkey', 'redis', url)
+        try:
+            parts = urlsplit(url)
+            if parts.scheme not in ('redis', 'rediss', 'unix'):
+                raise ValueError('the scheme %r is not redis, rediss, valkey or unix'
+                                 % parts.scheme)
+            if parts.port == 0 or parts.fragment or not re.fullmatch(
+                    '.+' if parts.scheme == 'unix' else r'/?\d*', parts.path):
+                raise ValueError('port and database are numbers, unix:// needs a path, and in a '
+                                 'password / is written %2F and # is written %23')
+            for option in filter(None, parts.query.split('&')):
+                if not re.fullmatch(self._OPTION, option):
+                    raise ValueError('the option %r is unknown or has a wrong value'
+                                     % option.partition('=')[0])
+            client = self._redis.Redis.from_url(url)
+            pool = client.connection_pool
+            pool.connection_class(**pool.connection_kwargs)  # it would tell of the rest later
+        except Exception as error:
+            raise ValueError('This redis URL cannot be used: %s' % error) from error
+        return client
 
 
 def _ms(seconds: float) -> int:
