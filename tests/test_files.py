@@ -173,6 +173,8 @@ def test_any_truncated_length_reads_as_absent_old_or_right(damaged):
     session, cookie, path, possible = damaged
     whole = content_of(path)
     for length in range(len(whole)):
+        if length % 10 and whole[length - 5:length + 5] == bytes(10):
+            continue  # behind the records it makes no difference
         write_file(path, whole[:length])
         assert reading(session, cookie) in possible
         if length % 50 == 0:
