@@ -124,7 +124,6 @@ def _kind(value: Any) -> str:
 # Cookie ######################################################################
 ###############################################################################
 
-_ID = re.compile(r'[A-Za-z0-9_-]{43}').fullmatch
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+").fullmatch
 _MAX_HEADER = 16 * 1024  # bytes of Cookie header that are searched
 _MAX_IDS = 4             # cookies of our name that are tried
@@ -133,27 +132,6 @@ _MAX_IDS = 4             # cookies of our name that are tried
 def _new_id() -> str:
     """ Return a new session id: 256 random bits as 43 characters. """
     return urlsafe_b64encode(os.urandom(32))[:43].decode('ascii')
-
-
-def _read_ids(header: str, name: str) -> list[str]:
-    """ Return what may be ids among the cookies of this name.
-
-        Bottle's own parser drops every cookie beside one it dislikes, raises on some
-        and takes quadratic time on others (CVE-2024-7592). Several cookies of one name
-        are what a neighbouring domain can plant (RFC 6265bis, 8.6): trying a few of
-        them keeps the visitor's own.
-    """
-    ids: list[str] = []
-    if name in header and len(header) <= _MAX_HEADER:
-        for pair in header.split(';'):
-            key, _, value = pair.partition('=')
-            if key.strip() == name:
-                value = value.strip()
-                if value[:1] == '"' == value[-1:]:
-                    value = value[1:-1]
-                if _ID(value) and value not in ids:
-                    ids.append(value)
-    return ids[:_MAX_IDS]
 
 
 class _Cookie:
@@ -173,7 +151,7 @@ class _Cookie:
                  "for the host that sent the cookie", domain)
         for option, flag in (('secure', secure or False), ('httponly', httponly),
                              ('partitioned', partitioned)):
-            _require(flag is True or flag is False, TypeError, option + '=%r: use True or False', flag)
+            _check_flag(option, flag)
         host = name.lower().startswith('__host-')
         cross = str(samesite).lower() == 'none' and samesite is not None
         _require(secure or not host and not name.lower().startswith('__secure-'), ValueError,
@@ -185,10 +163,24 @@ class _Cookie:
         _require(cross or not partitioned, ValueError, "partitioned=%r: browsers send such a "
                  "cookie only with secure=True and samesite='none'", partitioned)
         self.name, self.secure, self.path, self.domain = name, secure, path, domain
+        self._find = re.compile(r'(?:^|;)\s*%s\s*=\s*"?([\w-]{43})"?\s*(?![^;])' % re.escape(name),
+                                re.ASCII).findall
         self.attributes = '; Path=%s%s%s%s%s' % (
             path, '; Domain=' + domain if domain else '', '; HttpOnly' if httponly else '',
             '; SameSite=' + samesite.capitalize() if samesite else '',
             '; Partitioned' if partitioned else '')
+
+    def ids(self, environ: Mapping[str, Any]) -> list[str]:
+        """ Return what may be ids among the cookies of our name in a request.
+
+            Bottle's own parser drops every cookie beside one it dislikes, raises on some
+            and takes quadratic time on others (CVE-2024-7592). Several cookies of one name
+            are what a neighbouring domain can plant (RFC 6265bis, 8.6): trying a few of
+            them keeps the visitor's own.
+        """
+        header = environ.get('HTTP_COOKIE', '')
+        found = self._find(header) if len(header) <= _MAX_HEADER else []
+        return found if len(found) < 2 else list(dict.fromkeys(found))[:_MAX_IDS]
 
     def line(self, https: bool, value: str, max_age: float | None) -> str:
         """ Return the value of a Set-Cookie header.
@@ -219,6 +211,11 @@ def _is_https(environ: Mapping[str, Any]) -> bool:
     return (environ.get('HTTP_X_FORWARDED_PROTO') or environ.get('wsgi.url_scheme')) == 'https'
 
 
+def _check_flag(argument: str, flag: bool) -> bool:
+    _require(flag is True or flag is False, ValueError, argument + '=%r: use True or False', flag)
+    return flag
+
+
 def _require(condition: Any, error: type[Exception], message: str, value: Any) -> None:
     """ Raise this error about an argument unless the condition holds. """
     if not condition:
@@ -233,7 +230,7 @@ def _require(condition: Any, error: type[Exception], message: str, value: Any) -
 # vouches for the kind. With a key for each session random nonces are far from
 # their limit (SP 800-38D). No part is the same in two records of one secret, so
 # none confirms a guess of a secret without the cookie's id.
-_SESSION, _MOVED, _LOGINS = b's', b'm', b'l'
+_SESSION, _MOVED, _BLOCKED, _LOGINS = b's', b'm', b'b', b'l'
 _VERSION = 16  # bytes at the beginning of a record that no two records share
 _HEAD = struct.Struct('<dddbI')
 _REMEDY = 'run "python -m bottle_session secret" to get a good one, and keep it out of the code'
@@ -364,7 +361,7 @@ class _Keeper(_Seal):
     keeps_values = pickles = True
 
     def _use(self, serializer: Any) -> None:
-        self.dumps = self._loads = dict
+        self.dumps = self.loads = dict  # type: ignore[method-assign]
 
     def seal(self, kind: bytes, id: str, head: _Head, payload: Any = b'') -> Any:
         return _Kept(kind, head, payload)
@@ -532,7 +529,7 @@ class MemoryStore(Store):
     def replace(self, name: str, version: Any, record: Any, expires: float,
                 lock: Any = None, durable: bool = False) -> Any:
         with self._mutex:
-            stored = self.load(name)
+            stored = self._records.get(name, (None,))[0]
             if stored is None:
                 return None
             if self._locks.get(name, lock) is not lock:
@@ -627,7 +624,7 @@ class FileStore(Store):
             try:
                 page = os.read(fd, _PAGE)
                 record = _read_slot(fd, page, _newer_slot(page))
-                return record if record or not page else _load_again(fd)
+                return record or _load_again(path, fd, page)
             finally:
                 os.close(fd)
         except OSError as error:
@@ -637,7 +634,7 @@ class FileStore(Store):
         path, fd = self._path(name), None
         try:
             fd, size = _open_locked(path, _WRITING | os.O_CREAT)
-            if fd is None or size and _newest(fd, _pread(fd, _PAGE, 0)):
+            if fd is None or size and _newest(fd, _pread(fd, _PAGE, 0))[1]:
                 return False
             try:
                 _fill_slot(fd, _SLOTS[0], 1, expires, record, _PAGE)
@@ -791,9 +788,13 @@ def _newest(fd: int, page: bytes) -> tuple[int, bytes]:
     return newer, b''
 
 
-def _load_again(fd: int) -> bytes:
+def _load_again(path: str, fd: int, page: bytes) -> bytes | None:
     """ Return what a file holds whose newer slot was not whole. As long as somebody has
         its lock, it may be in the middle of a save. """
+    if not page:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            _absent(path, OSError(errno.ENXIO, 'No plain file'))
+        return None
     for attempt in range(20):
         time.sleep(0.0005 * attempt)
         idle = _try_lock(fd)
@@ -1518,35 +1519,38 @@ class _Owners:
 
         self._change(newest, change, durable)
         if name in known:
-            self._leave(older, name)
+            self._leave(older, {name}, False)
 
     def leave(self, owner: str, name: str) -> None:
         """ Take a session that ended out of the lists. """
         try:
-            self._leave(self._seal.list_ids(owner), name)
+            self._leave(self._seal.list_ids(owner), {name}, False)
         except (StoreError, SessionBusy) as error:
             _log.warning('session %s ended, and is listed until it expires: %s',
                          _public(name), error)
 
-    def _leave(self, ids: list[str], name: str) -> None:
+    def _leave(self, ids: list[str], names: set[str], durable: bool) -> None:
+        def change(entries: dict[str, _Entry]) -> bool:
+            return bool([entries.pop(name) for name in names.intersection(entries)])
+
         for id in ids:
-            self._change(id, lambda entries: entries.pop(name, None) is not None, False)
+            self._change(id, change, durable)
 
     def revoke(self, owner: str, wanted: Callable[[str], bool]) -> int:
-        """ End the sessions with these names; return how many. It looks again until
-            no list changed meanwhile: they may get new ids while this runs. """
-        ended = 0
-
-        def change(entries: dict[str, _Entry]) -> bool:
-            nonlocal ended
-            going = [name for name in entries if wanted(name)]
-            for name in going:
-                ended += self._end(name)
-                del entries[name]
-            return bool(going)
-
-        for id in self._seal.list_ids(owner) * 2:  # one may move to the newest meanwhile
-            self._change(id, change, True)
+        """ End the sessions with these names; return how many. One that gets a new id
+            meanwhile is listed with it before, so it is looked for again, by the time of
+            its log-in. Other log-ins that come meanwhile came afterwards. """
+        ended, done = 0, set()
+        moved: set[float] | None = None
+        while moved is None or moved:
+            going = {name: entry.created for name, entry in self.read(owner).items()
+                     if name not in done and wanted(name)
+                     and (moved is None or entry.created in moved)}
+            kinds = {name: self._end(name) for name in going}
+            ended += list(kinds.values()).count(_SESSION)
+            moved = {going[name] for name, kind in kinds.items() if kind == _MOVED}
+            done.update(going)
+        self._leave(self._seal.list_ids(owner), done, True)
         return ended
 
     def trim(self, owner: str, newest: str, most: int, now: float) -> None:
@@ -1563,20 +1567,23 @@ class _Owners:
         """ Tell whether there is a session of this name. """
         return (self._store.load(name) or b'')[:1] == _SESSION
 
-    def _end(self, name: str) -> bool:
-        """ End a session; where there is none yet, see that there never is. """
-        store, block = self._store, self._seal.seal(_MOVED, name, _NO_HEAD)
-        while not store.create(name, block, time.time() + _BLOCK):
+    def _end(self, name: str) -> bytes:
+        """ End a session, and return the kind of record that was there; where there is
+            none yet, see that there never is. """
+        store = self._store
+        while True:
             record = store.load(name)
             if record and record[:1] != _SESSION:
-                return False
+                return bytes(record[:1])
             try:
                 removed = record and store.remove(name, record[:_VERSION])
-            except SessionBusy:  # in a `with` block, which log-out does not wait for
+            except SessionBusy:  # in a `with` block, for which log-out does not wait
                 removed = store.remove(name)
             if removed:
-                return True
-        return False
+                return _SESSION
+            if not record and store.create(name, self._seal.seal(_BLOCKED, name, _NO_HEAD),
+                                           time.time() + _BLOCK):
+                return b''
 
     def _load(self, id: str) -> tuple[Any, dict[str, _Entry]]:
         """ Return the record of a list, and what is in it. """
@@ -1614,7 +1621,7 @@ class _Owners:
 
 
 def _patiently(seconds: float, attempt: Callable[..., Any], *args: Any) -> Any:
-    """ Call `attempt` until it is not busy, for so long. """
+    """ Call `attempt` until no other request holds the session, for so long. """
     end = pause = 0.0
     while True:
         try:
@@ -1623,6 +1630,8 @@ def _patiently(seconds: float, attempt: Callable[..., Any], *args: Any) -> Any:
             end = end or time.monotonic() + seconds
             left = end - time.monotonic()
             if left <= 0:
+                _log.warning('%s: another request holds this session for more than %s seconds',
+                             _current.get().rule(), seconds)
                 raise
         pause = min(2 * pause, 0.02) or 0.0005
         time.sleep(min(left, pause * random.uniform(0.5, 1.5)))
@@ -1649,7 +1658,7 @@ class _Visit:
     # Most requests change few of these, so the class holds the values at first.
     session: Session
     request: _Request
-    data: dict[Any, Any] | None = None  # None: not asked for yet
+    data: Any = None                    # a dict; None: not asked for yet
     id: str | None = None               # of the stored session
     name = ''                           # in the store
     record: Any = None                  # as it is stored
@@ -1657,11 +1666,14 @@ class _Visit:
     options = _NO_HEAD[2:4]             # days and permanent, as the head is to have them
     payload: Any = None
     older = False                       # an older secret sealed it
+    expires = 0.0                       # if it is not used any more
     due = False                         # this use is to be recorded
-    touched: dict[Any, Any] | None = None
+    touched: dict[Any, Any]
     open = False                        # the whole dict was handed out: keys may be added
     parsed: dict[Any, Any] | None = None  # the payload, loaded once more
+    checked: dict[Any, Any] | None = None  # the same of the next payload
     forms: dict[Any, bytes] = {}        # canonical, of values that are stored
+    saved: dict[Any, Any] = {}          # the data when they were serialized: threads go on
     ended = False                       # by another request: nothing can be stored
     moved = False                       # the browser sent an id that has just got a new one
     failed = False                      # a save did
@@ -1678,7 +1690,7 @@ class _Visit:
         if self.data is not None:
             return self.data
         session = self.session
-        for id in _read_ids(self.request.environ.get('HTTP_COOKIE', ''), session.cookie_name):
+        for id in session._cookie.ids(self.request.environ):
             name = session._seal.name(id)
             found = self._open(id, name, (fetch or session.store.load)(name))
             if found is not None:
@@ -1693,19 +1705,19 @@ class _Visit:
     def _open(self, id: str, name: str, record: Any) -> dict[Any, Any] | None:
         """ Take this record as the stored one, and return the data; None if it holds no
             living session. """
-        if record is None:
+        if record is None or record[:1] == _BLOCKED:
             self.why = 'the session is unknown, expired or was purged'
             return None
         session = self.session
         try:
             kind, head, payload, older = session._seal.open(id, record)
-            age = session.clock() - head.used
-            life = (head.days or session._days) * _DAY
+            now, life = session.clock(), (head.days or session._days) * _DAY
+            expires = min(head.used + life, head.created + session._max_age)
             if kind == _MOVED:
-                self.moved = self.moved or age < _MARK
+                self.moved = self.moved or now - head.used < _MARK
                 self.why = 'the session has got a new id'
                 return None
-            if age >= life or age + head.used - head.created >= session._max_age:
+            if now >= expires:
                 self.why = 'the session has expired'
                 return None
             data = session._seal.loads(payload)
@@ -1715,24 +1727,18 @@ class _Visit:
             return None
         self.record, self.head, self.payload, self.older = record, head, payload, older
         self.options, self.parsed = head[2:4], None
-        self.due = not -_MONTH <= age < life / 30
+        self.expires, self.due = expires, not -_MONTH <= now - head.used < life / 30
         return data
-
-    def touch(self, key: Any, value: Any) -> None:
-        """ Note the value of a key that may be changed from now on. """
-        if self.touched is None:
-            self.touched = {}
-        self.touched.setdefault(key, value)
 
     def hand_out(self) -> dict[Any, Any]:
         """ Return the data themselves, for any change. """
         data = self.load()
-        self.touched, self.open = {**data, **(self.touched or {})}, True
+        self.touched, self.open = {**data, **self.touched}, True
         return data
 
     def changes(self) -> list[Any]:
         """ Return the keys whose values differ from what is stored. """
-        touched, data = self.touched or {}, self.load()
+        touched, data = self.touched, self.data
         if self.open:
             touched = {**dict.fromkeys(data, _MISSING), **touched}
         return [key for key, old in touched.items()
@@ -1771,12 +1777,12 @@ class _Visit:
 
     def dumps(self, changed: Iterable[Any]) -> Any:
         """ Return the data serialized. What does not load back must not be stored. """
-        data, seal = self.load(), self.session._seal
+        data, seal = self.data.copy(), self.session._seal
         try:
-            payload = seal.dumps(data)
+            payload, self.checked, self.saved = seal.dumps(data), None, data
             for key in changed:
                 if not (seal.pickles and type(key) in _PLAIN and type(data.get(key)) in _PLAIN):
-                    seal.loads(payload)
+                    self.checked = seal.loads(payload)
                     break
             return payload
         except Exception as error:
@@ -1814,12 +1820,13 @@ class _Visit:
 
     def _update(self, payload: Any) -> bool:
         """ Write these data on top of what is stored by now. """
-        lives = self._lives()
+        lives = self.session.clock() < self.expires or self._absorb(
+            self.session.store.load(self.name))
         while lives:
-            data = self.load().copy()
-            stored = self._put(self._next_head(), payload)
+            as_before = not self.due and self.options == self.head[2:4]
+            stored = self._put(self.head if as_before else self._next_head(), payload)
             if stored is self.record:
-                self._settle(data)
+                self._settle()
                 return True
             if self.held and stored:
                 _log.warning('session %s: its lock was lost to another request, the changes of '
@@ -1830,41 +1837,39 @@ class _Visit:
                 return False
         return self._lose()
 
-    def _lives(self) -> bool:
-        """ Tell whether the session goes on, also where it seems to have expired since. """
-        return (self.session.clock() < self.session._expires(self.head)
-                or self._absorb(self.session.store.load(self.name)))
-
     def _put(self, head: _Head, payload: Any) -> Any:
         """ Store this version and return its record, or what is stored by now. """
-        session, name = self.session, self.name
+        session, name, renewed = self.session, self.name, head is not self.head
         record = session._seal.seal(_SESSION, self.id or '', head, payload)
-        expires, renewed = session._expires(head), head is not self.head
+        expires = session._expires(head) if renewed else self.expires
         if head.owner and (renewed or self.older):
             session._owners.enter(head.owner, name, _Entry(None, head.used, expires, None), name,
                                   False)
-        stored = self._wait(session.store.replace, name, self.record[:_VERSION], record, expires,
-                            self._lock())
+        stored = _patiently(session.lock_timeout, session.store.replace, name,
+                            self.record[:_VERSION], record, expires, self.held and self._lock())
         if stored is None or stored != record:
             return stored
         self.record, self.head, self.payload, self.older = record, head, payload, False
+        self.expires = expires
         if renewed and not self.request.sent:
             self._tell()
         return record
 
-    def _settle(self, data: dict[Any, Any]) -> None:
-        """ Note that these data are stored. Values that can be changed inside may still
-            be in somebody's hands. """
-        self.touched = dict(data) if self.open else {
-            key: data[key] for key in self.touched or () if type(data.get(key)) not in _PLAIN}
-        self.forms, self.parsed, self.due = {}, None, False
+    def _settle(self) -> None:
+        """ Note what is stored. Values that can be changed inside may still be in
+            somebody's hands, and a thread of the route may have set a key meanwhile. """
+        data, saved = self.data, self.saved
+        self.touched = dict(saved) if self.open else {
+            key: saved.get(key, _MISSING) for key in self.touched
+            if type(saved.get(key)) not in _PLAIN or saved.get(key) is not data.get(key)}
+        self.forms, self.parsed, self.due = {}, self.checked, False
         self.snapshot = self.payload, self.options
 
     def _absorb(self, record: Any) -> bool:
         """ Take over what is stored by now, beneath the changes of this request; tell
             whether the session still exists. """
         if record and record == self.record:
-            return self.session.clock() < self.session._expires(self.head)
+            return self.session.clock() < self.expires
         data, old, changed = self.load(), self.stored(), set(self.changes())
         options, before = self.options, self.head[2:4]
         newest = self._open(self.id or '', self.name, record)
@@ -1884,7 +1889,7 @@ class _Visit:
             else:
                 if theirs:
                     data[key] = new
-                if key in (self.touched or ()):
+                if key in self.touched:
                     touched[key] = data[key]
         if changed:
             _log.info('session %s: merged with a save of another request', _public(self.name))
@@ -1905,8 +1910,7 @@ class _Visit:
         """ Return the head for the next save. It records the use when that is due, and
             mends what a wrong clock left. """
         created, used, _, _, owner = self.head
-        if self.id and not renew and (self.request.sent or not self.due) \
-                and self.options == self.head[2:4]:
+        if self.request.sent and self.id and not renew and self.options == self.head[2:4]:
             return self.head
         now = self.session.clock()
         used = now if used - now > _MONTH else max(used, now)
@@ -1932,8 +1936,8 @@ class _Visit:
             raise SessionError('Headers sent: a new session or id cannot be told to the browser '
                                'any more. Save before the first chunk is yielded.')
         session = self.session
-        expires = session._expires(head)
         new = _Visit()
+        new.expires = expires = session._expires(head)
         new.session, new.request, new.head, new.payload = session, self.request, head, payload
         while True:
             new.id = _new_id()
@@ -1949,8 +1953,9 @@ class _Visit:
         """ Go on as the session that `_create` stored. """
         self.id, self.name, self.ended, self.moved = new.id, new.name, False, False
         self.record, self.head, self.payload, self.older = new.record, new.head, new.payload, False
+        self.expires = new.expires
         self.options, self.why = self.head[2:4], 'it was stored in this request'
-        self._settle(self.load())
+        self._settle()
         self._tell()
 
     def regenerate(self, owner: str | None = None, note: str | None = None) -> None:
@@ -1971,15 +1976,16 @@ class _Visit:
         """ Store the session under a new id and end the old one; False if it is gone. """
         session, name, owner_before = self.session, self.name, self.head.owner
         try:
-            lives = self._lives()
+            lives = session.clock() < self.expires or self._absorb(session.store.load(name))
             while lives:
                 now = session.clock()
                 mark = session._seal.seal(_MOVED, self.id or '', _NO_HEAD._replace(used=now))
                 head = self._next_head(renew=True)._replace(owner=owner)
                 new = self._create(self.dumps(self.changes()), head, entry, True)
                 try:
-                    stored = self._wait(session.store.replace, name, self.record[:_VERSION], mark,
-                                        now + _MARK, self._lock(), True)
+                    stored = _patiently(session.lock_timeout, session.store.replace, name,
+                                        self.record[:_VERSION], mark, now + _MARK, self._lock(),
+                                        True)
                 except BaseException as error:
                     if getattr(error, 'maybe_done', False):
                         self._become(new)  # the old id may be dead
@@ -2010,8 +2016,8 @@ class _Visit:
         """ End every session that a cookie of this request names. """
         session = self.session
         owners = {self.name: self.head.owner} if self.id else {}
-        header = self.request.environ.get('HTTP_COOKIE', '')
-        for id in _read_ids(header, session.cookie_name):
+        environ = self.request.environ
+        for id in session._cookie.ids(environ):
             name = session._seal.name(id)
             if name not in owners:
                 owners[name], record = None, session.store.load(name)
@@ -2028,9 +2034,10 @@ class _Visit:
         self.older = False
         self.data = self.data or {}
         self.data.clear()
-        self._settle(self.data)
-        if self.cookie or re.search('(?:^|;)\\s*%s=' % re.escape(session.cookie_name), header):
-            self.cookie = session._cookie.line(_is_https(self.request.environ), '', 0)
+        self.saved, self.checked = {}, None
+        self._settle()
+        if self.cookie or session.cookie_name + '=' in environ.get('HTTP_COOKIE', ''):
+            self.cookie = session._cookie.line(_is_https(environ), '', 0)
 
     def _tell(self) -> None:
         """ Have the browser told of the id. """
@@ -2065,16 +2072,7 @@ class _Visit:
             if got:
                 self.held = name, got[0], os.getpid()
             return got and got[1]
-        return self._wait(take)
-
-    def _wait(self, attempt: Callable[..., Any], *args: Any) -> Any:
-        """ Call `attempt` until no other request holds the session. """
-        try:
-            return _patiently(self.session.lock_timeout, attempt, *args)
-        except SessionBusy:
-            _log.warning('%s: another request holds this session for more than %s seconds',
-                         self.request.rule(), self.session.lock_timeout)
-            raise
+        return _patiently(self.session.lock_timeout, take)
 
     def enter(self) -> None:
         """ Begin a `with` block: take the lock and read the newest data. """
@@ -2155,6 +2153,13 @@ class _Visit:
 ###############################################################################
 
 
+def _of_the_data(name: str) -> Any:
+    """ Return a method of Session that is the one of its `data`. """
+    def method(self: Session, *args: Any) -> Any:
+        return getattr(self.data, name)(*args)
+    return method
+
+
 _SETTABLE = 'data', 'days', 'permanent', 'lock_timeout', 'clock'
 
 
@@ -2228,7 +2233,11 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         self._days = _check_days('days', days)
         self._max_age = math.inf if max_days is None else _check_days('max_days', max_days) * _DAY
         self._permanent = _check_flag('permanent', permanent)
-        self._max_logins = _check_max_logins(max_logins)
+        _require(max_logins is None or type(max_logins) is int, TypeError,
+                 'max_logins=%r: use a whole number, or None for no limit', max_logins)
+        _require(max_logins is None or max_logins > 0, ValueError,
+                 'max_logins=%r: use 1 or more, or None for no limit', max_logins)
+        self._max_logins = max_logins
         self.lock_timeout = lock_timeout
         _check_serializer(serializer)
         put('store', _make_store(mode, sessions_dir))
@@ -2237,7 +2246,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         self._owners = _Owners(self.store, self._seal)
         self._warned: set[str] = set()
         self.clock = time.time
-        if _current.get(None):
+        if _current.get().environ:
             warnings.warn('a Session was made while a request runs: make one for all requests, '
                           'at the top level of the module', UserWarning, 2)
 
@@ -2435,7 +2444,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         """ Return the name of this request's session if it is this owner's, or ''. """
         if owner is not None:
             _check_owner(owner)
-            if not _current.get(None):
+            if not _current.get().environ:
                 return ''
         return self._visit().name if owner in (None, self.owner) else ''
 
@@ -2446,18 +2455,18 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         data = visit.data
         value = (visit.load() if data is None else data)[key]
         if type(value) not in _PLAIN:
-            visit.touch(key, value)
+            visit.touched.setdefault(key, value)
         return value
 
     def __setitem__(self, key: Any, value: Any) -> None:
         visit = self._visit()
         data = visit.load()
-        visit.touch(key, data.get(key, _MISSING))
+        visit.touched.setdefault(key, data.get(key, _MISSING))
         data[key] = value
 
     def __delitem__(self, key: Any) -> None:
         visit = self._visit()
-        visit.touch(key, visit.load().pop(key))
+        visit.touched.setdefault(key, visit.load().pop(key))
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._visit().load())
@@ -2471,33 +2480,19 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def get(self, key: Any, default: Any = None, /) -> Any:
         return self[key] if key in self else default
 
-    def keys(self) -> Any:
-        return self.data.keys()
+    keys, values, items, pop, popitem, copy, __or__, __ror__, __reversed__ = map(_of_the_data, (
+        'keys', 'values', 'items', 'pop', 'popitem', 'copy', '__or__', '__ror__', '__reversed__'))
 
-    def values(self) -> Any:
-        return self.data.values()
-
-    def items(self) -> Any:
-        return self.data.items()
-
-    def popitem(self) -> tuple[Any, Any]:
-        return self.data.popitem()
-
-    def copy(self) -> dict[Any, Any]:
-        return self.data.copy()
-
-    def __or__(self, other: Mapping[Any, Any]) -> dict[Any, Any]:
-        return {**self.data, **other} if isinstance(other, Mapping) else NotImplemented
-
-    def __ror__(self, other: Mapping[Any, Any]) -> dict[Any, Any]:
-        return {**other, **self.data} if isinstance(other, Mapping) else NotImplemented
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        visit, new = self._visit(), dict(*args, **kwargs)
+        data = visit.load()
+        for key in new:
+            visit.touched.setdefault(key, data.get(key, _MISSING))
+        data.update(new)
 
     def __ior__(self, other: Any) -> Session:  # type: ignore[misc]
         self.update(other)
         return self
-
-    def __reversed__(self) -> Iterator[Any]:
-        return iter(reversed(self.data))
 
     def __eq__(self, other: object) -> bool:  # Bottle keeps plugins in lists
         if isinstance(other, Session):
@@ -2537,7 +2532,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
                 webtest.TestApp(app).set_cookie(*session.issue_cookie(...).popitem())
         """
         visit = _Visit()
-        visit.session, visit.request = self, _Request()
+        visit.session, visit.request, visit.touched = self, _Request(), {}
         visit.hand_out().update(data)
         if not visit.save():
             raise ValueError('issue_cookie() needs some data: an empty session is not stored')
@@ -2547,11 +2542,10 @@ class Session(MutableMapping):  # type: ignore[type-arg]
 
     def _visit(self) -> _Visit:
         """ Return this request's visit. """
-        try:
-            request = _current.get()
-            visit = request.visits[self]
-        except LookupError:
-            return _begin_visit(self)
+        request = _current.get()
+        visit = request.visits.get(self)
+        if visit is None:
+            return _begin_visit(self, request)
         if _CRASH in request.environ and not request.crashed:
             request.roll_back()
         return visit
@@ -2615,19 +2609,6 @@ def _check_days(argument: str, days: float) -> float:
     return days
 
 
-def _check_flag(argument: str, flag: bool) -> bool:
-    _require(flag is True or flag is False, TypeError, argument + '=%r: use True or False', flag)
-    return flag
-
-
-def _check_max_logins(most: int | None) -> int | None:
-    _require(most is None or isinstance(most, int) and not isinstance(most, bool), TypeError,
-             'max_logins=%r: use a whole number, or None for no limit', most)
-    _require(most is None or most > 0, ValueError,
-             'max_logins=%r: use 1 or more, or None for no limit', most)
-    return most
-
-
 def _check_owner(owner: str) -> None:
     _require(isinstance(owner, str), TypeError, 'owner must be a str, not %s: use the stable name '
              'of the user, such as str(user.id)', _kind(owner))
@@ -2674,7 +2655,6 @@ def _make_store(mode: str | Store, sessions_dir: str | os.PathLike[str]) -> Stor
 # has the last word on the headers. The request that is running is in a ContextVar:
 # Bottle's `request` names the last one of a thread long after its end, and the
 # inner one after a route has called another app.
-_current: ContextVar[_Request] = ContextVar('bottle_session.request')
 _bottle_wsgi = bottle.Bottle.wsgi
 _handle_code = bottle.Bottle._handle.__code__
 _CRASH = 'bottle.exc_info'  # what Bottle puts into the environ when a route crashed
@@ -2763,10 +2743,12 @@ class _Request:
         self.visits = self.environ = {}
 
 
+_current = ContextVar('bottle_session.request', default=_Request())
+
+
 def _wsgi(app: bottle.Bottle, environ: dict[str, Any], start_response: Any) -> Any:
     """ The WSGI interface of Bottle, with sessions. """
-    outer = _current.get(None)
-    if outer is not None and outer.environ is environ:  # a mounted app
+    if _current.get().environ is environ:  # a mounted app
         return _bottle_wsgi(app, environ, start_response)
     request = _Request()
     request.app, request.environ, request.start_response = app, environ, start_response
@@ -2790,10 +2772,9 @@ def _wsgi(app: bottle.Bottle, environ: dict[str, Any], start_response: Any) -> A
 bottle.Bottle.wsgi = _wsgi
 
 
-def _begin_visit(session: Session) -> _Visit:
+def _begin_visit(session: Session, request: _Request) -> _Visit:
     """ Return the visit of a request that uses the session for the first time. """
-    request = _current.get(None)
-    if request is None or not request.environ:
+    if not request.environ:
         _raise_outside()
     for other in request.visits:
         if other.cookie_name == session.cookie_name:
@@ -2806,7 +2787,7 @@ def _begin_visit(session: Session) -> _Visit:
         _log.warning("mode='memory' under a server with several processes: each of them has "
                      "sessions of its own. Use mode='file', or a redis URL for several hosts.")
     visit = _Visit()
-    visit.session, visit.request = session, request
+    visit.session, visit.request, visit.touched = session, request, {}
     request.visits = {**request.visits, session: visit}
     return visit
 
