@@ -164,8 +164,7 @@ def test_a_master_killed_under_load_is_503_until_sentinel_has_a_new_one(
     assert reading(session, dead) == {}
 
 
-@pytest.mark.parametrize('trouble', ['killed', 'frozen'])
-def test_sentinels_that_do_not_answer_are_503_in_time(start_redis, tmp_path_factory, trouble):
+def test_sentinels_that_do_not_answer_are_503_in_time(start_redis, tmp_path_factory):
     server = start_redis()
     sentinels = [SentinelServer(tmp_path_factory.mktemp('sentinel'), server.port)
                  for _ in range(3)]
@@ -173,11 +172,12 @@ def test_sentinels_that_do_not_answer_are_503_in_time(start_redis, tmp_path_fact
         [('127.0.0.1', one.port) for one in sentinels]).master_for('main')
     session = Session(SECRET, mode=RedisStore(client))
     cookie = session.issue_cookie(JOE)
-    for one in sentinels:
-        one.signal(signal.SIGKILL if trouble == 'killed' else signal.SIGSTOP)
-    assert reading(session, cookie) == JOE  # who has a connection does not ask them
-    server.kill()
-    for _ in range(2):
+    for trouble in signal.SIGSTOP, signal.SIGKILL:
+        for one in sentinels:
+            one.signal(trouble)
+        if trouble == signal.SIGSTOP:
+            assert reading(session, cookie) == JOE  # who has a connection does not ask them
+            server.kill()
         assert_refused_in_time(lambda: within(session.copy, cookie))
         session.store._failures = 0  # ask, and do not fail at once
     for one in sentinels:
@@ -236,7 +236,8 @@ def test_a_cluster_works_and_a_killed_master_is_503_until_its_replica_takes_over
             cookies[-1] = session.issue_cookie({'n': 0, 'same': 0})
     shares = []
     size = sum(server.admin.dbsize() for server in cluster[:3])
-    assert session.store.sweep(time.time(), shares.append)[1] in range(size - len(USAGES), size + 1)
+    left = session.store.sweep(time.time(), shares.append)[1]
+    assert size - len(USAGES) <= left <= size  # but for marks of moved ids
     assert shares[-1] == 1.0 and len(shares) == 3
 
     def let_read(connection):
@@ -254,16 +255,16 @@ def test_a_cluster_works_and_a_killed_master_is_503_until_its_replica_takes_over
     assert_survived(loads, cookies, session, cluster[0].kill, replicated)
 
 
-@pytest.mark.parametrize('trouble', ['killed', 'frozen'])
-def test_a_cluster_that_is_down_is_503_in_time(cluster, trouble):
+def test_a_cluster_that_is_down_is_503_in_time(cluster):
     session = Session(SECRET, mode=RedisStore(client_of(cluster)))  # no time-outs of its own
     cookie = session.issue_cookie(JOE)
-    for server in cluster:
-        server.signal(signal.SIGKILL if trouble == 'killed' else signal.SIGSTOP)
-    for use in USAGES[:2]:
-        assert_refused_in_time(lambda: use(session, cookie))
-        session.store._failures = 0  # ask, and do not fail at once
-    if trouble == 'frozen':
+    for trouble in signal.SIGSTOP, signal.SIGKILL:
         for server in cluster:
-            server.signal(signal.SIGCONT)
-        until(lambda: within(session.copy, cookie).value == JOE)
+            server.signal(trouble)
+        for use in USAGES[:2]:
+            assert_refused_in_time(lambda: use(session, cookie))
+            session.store._failures = 0  # ask, and do not fail at once
+        if trouble == signal.SIGSTOP:
+            for server in cluster:
+                server.signal(signal.SIGCONT)
+            until(lambda: within(session.copy, cookie).value == JOE)
