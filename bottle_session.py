@@ -144,16 +144,17 @@ def _read_ids(header: str, name: str) -> list[str]:
         them keeps the visitor's own.
     """
     ids: list[str] = []
-    if name in header and len(header) <= _MAX_HEADER:
-        for pair in header.split(';'):
-            key, _, value = pair.partition('=')
-            if key.strip() == name:
-                value = value.strip()
-                if value[:1] == '"' == value[-1:]:
-                    value = value[1:-1]
-                if _ID(value) and value not in ids:
-                    ids.append(value)
-    return ids[:_MAX_IDS]
+    at = header.find(name + '=') if len(header) <= _MAX_HEADER else -1
+    while at >= 0 and len(ids) < _MAX_IDS:
+        start = at + len(name) + 1
+        if at == 0 or header[at - 1] in '; \t':
+            value = header[start:start + 99].partition(';')[0].strip()
+            if value[:1] == '"' == value[-1:]:
+                value = value[1:-1]
+            if _ID(value) and value not in ids:
+                ids.append(value)
+        at = header.find(name + '=', start)
+    return ids
 
 
 class _Cookie:
@@ -233,7 +234,7 @@ def _require(condition: Any, error: type[Exception], message: str, value: Any) -
 # vouches for the kind. With a key for each session random nonces are far from
 # their limit (SP 800-38D). No part is the same in two records of one secret, so
 # none confirms a guess of a secret without the cookie's id.
-_SESSION, _MOVED, _LOGINS = b's', b'm', b'l'
+_SESSION, _MOVED, _BLOCKED, _LOGINS = b's', b'm', b'b', b'l'
 _VERSION = 16  # bytes at the beginning of a record that no two records share
 _HEAD = struct.Struct('<dddbI')
 _REMEDY = 'run "python -m bottle_session secret" to get a good one, and keep it out of the code'
@@ -627,7 +628,7 @@ class FileStore(Store):
             try:
                 page = os.read(fd, _PAGE)
                 record = _read_slot(fd, page, _newer_slot(page))
-                return record if record or not page else _load_again(fd)
+                return record or _load_again(path, fd, page)
             finally:
                 os.close(fd)
         except OSError as error:
@@ -637,7 +638,7 @@ class FileStore(Store):
         path, fd = self._path(name), None
         try:
             fd, size = _open_locked(path, _WRITING | os.O_CREAT)
-            if fd is None or size and _newest(fd, _pread(fd, _PAGE, 0)):
+            if fd is None or size and _newest(fd, _pread(fd, _PAGE, 0))[1]:
                 return False
             try:
                 _fill_slot(fd, _SLOTS[0], 1, expires, record, _PAGE)
@@ -791,9 +792,13 @@ def _newest(fd: int, page: bytes) -> tuple[int, bytes]:
     return newer, b''
 
 
-def _load_again(fd: int) -> bytes:
+def _load_again(path: str, fd: int, page: bytes) -> bytes | None:
     """ Return what a file holds whose newer slot was not whole. As long as somebody has
         its lock, it may be in the middle of a save. """
+    if not page:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            _absent(path, OSError(errno.ENXIO, 'No plain file'))
+        return None
     for attempt in range(20):
         time.sleep(0.0005 * attempt)
         idle = _try_lock(fd)
@@ -1518,35 +1523,38 @@ class _Owners:
 
         self._change(newest, change, durable)
         if name in known:
-            self._leave(older, name)
+            self._leave(older, {name}, False)
 
     def leave(self, owner: str, name: str) -> None:
         """ Take a session that ended out of the lists. """
         try:
-            self._leave(self._seal.list_ids(owner), name)
+            self._leave(self._seal.list_ids(owner), {name}, False)
         except (StoreError, SessionBusy) as error:
             _log.warning('session %s ended, and is listed until it expires: %s',
                          _public(name), error)
 
-    def _leave(self, ids: list[str], name: str) -> None:
+    def _leave(self, ids: list[str], names: set[str], durable: bool) -> None:
+        def change(entries: dict[str, _Entry]) -> bool:
+            return bool([entries.pop(name) for name in names.intersection(entries)])
+
         for id in ids:
-            self._change(id, lambda entries: entries.pop(name, None) is not None, False)
+            self._change(id, change, durable)
 
     def revoke(self, owner: str, wanted: Callable[[str], bool]) -> int:
-        """ End the sessions with these names; return how many. It looks again until
-            no list changed meanwhile: they may get new ids while this runs. """
-        ended = 0
-
-        def change(entries: dict[str, _Entry]) -> bool:
-            nonlocal ended
-            going = [name for name in entries if wanted(name)]
-            for name in going:
-                ended += self._end(name)
-                del entries[name]
-            return bool(going)
-
-        for id in self._seal.list_ids(owner) * 2:  # one may move to the newest meanwhile
-            self._change(id, change, True)
+        """ End the sessions with these names; return how many. One that gets a new id
+            meanwhile is listed with it before, so it is looked for again, by the time of
+            its log-in. Other log-ins that come meanwhile came afterwards. """
+        ended, done = 0, set()
+        moved: set[float] | None = None
+        while moved is None or moved:
+            going = {name: entry.created for name, entry in self.read(owner).items()
+                     if name not in done and wanted(name)
+                     and (moved is None or entry.created in moved)}
+            kinds = {name: self._end(name) for name in going}
+            ended += list(kinds.values()).count(_SESSION)
+            moved = {going[name] for name, kind in kinds.items() if kind == _MOVED}
+            done.update(going)
+        self._leave(self._seal.list_ids(owner), done, True)
         return ended
 
     def trim(self, owner: str, newest: str, most: int, now: float) -> None:
@@ -1563,20 +1571,23 @@ class _Owners:
         """ Tell whether there is a session of this name. """
         return (self._store.load(name) or b'')[:1] == _SESSION
 
-    def _end(self, name: str) -> bool:
-        """ End a session; where there is none yet, see that there never is. """
-        store, block = self._store, self._seal.seal(_MOVED, name, _NO_HEAD)
-        while not store.create(name, block, time.time() + _BLOCK):
+    def _end(self, name: str) -> bytes:
+        """ End a session, and return the kind of record that was there; where there is
+            none yet, see that there never is. """
+        store = self._store
+        while True:
             record = store.load(name)
             if record and record[:1] != _SESSION:
-                return False
+                return bytes(record[:1])
             try:
                 removed = record and store.remove(name, record[:_VERSION])
-            except SessionBusy:  # in a `with` block, which log-out does not wait for
+            except SessionBusy:  # in a `with` block, for which log-out does not wait
                 removed = store.remove(name)
             if removed:
-                return True
-        return False
+                return _SESSION
+            if not record and store.create(name, self._seal.seal(_BLOCKED, name, _NO_HEAD),
+                                           time.time() + _BLOCK):
+                return b''
 
     def _load(self, id: str) -> tuple[Any, dict[str, _Entry]]:
         """ Return the record of a list, and what is in it. """
@@ -1693,7 +1704,7 @@ class _Visit:
     def _open(self, id: str, name: str, record: Any) -> dict[Any, Any] | None:
         """ Take this record as the stored one, and return the data; None if it holds no
             living session. """
-        if record is None:
+        if record is None or record[:1] == _BLOCKED:
             self.why = 'the session is unknown, expired or was purged'
             return None
         session = self.session

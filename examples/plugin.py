@@ -20,7 +20,7 @@ PAGE = '''<!doctype html>
 <style>
   body { font: 17px/1.5 system-ui, sans-serif; max-width: 30rem; margin: 12vh auto;
          padding: 0 1rem; color: #223 }
-  input, button { font: inherit; padding: .3rem .7rem }
+  input, button { font: inherit; padding: .3rem .7rem; margin: .15rem 0 }
   button { border: 0; border-radius: 4px; color: #fff; background: #15795c; cursor: pointer }
   a { color: #15795c }
 </style>

@@ -22,7 +22,7 @@ PAGE = '''<!doctype html>
   table { width: 100%; border-collapse: collapse; margin-bottom: 2rem }
   td { padding: .5rem 0; border-bottom: 1px solid #dde }
   td + td { text-align: right }
-  input, button { font: inherit; padding: .3rem .7rem }
+  input, button { font: inherit; padding: .3rem .7rem; margin: .15rem 0 }
   button { border: 0; border-radius: 4px; color: #fff; background: #15795c; cursor: pointer }
 </style>
 <h1>A shop</h1>

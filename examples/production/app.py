@@ -8,7 +8,7 @@ import bottle_session
 SECRETS = os.environ.get('SESSION_SECRETS', '').split()
 if not SECRETS or min(map(len, SECRETS)) < 32:
     raise SystemExit('Set SESSION_SECRETS to what "python -m bottle_session secret" prints. '
-                     'To change it later, set it to "NEW OLD".')
+                     'README.rst here tells how to change it later.')
 
 app = bottle.Bottle()
 session = bottle_session.Session(
