@@ -1154,9 +1154,9 @@ class RedisStore(Store):
                 or client.get_encoder().decode_responses:
             raise ValueError('client must be a URL, or a redis.Redis or redis.RedisCluster that '
                              'returns bytes: made without decode_responses=True')
-        self.client = client
+        self.client: Any = client
         self._prefix = prefix
-        self._pool = getattr(client, 'connection_pool', None)  # a cluster has one for each node
+        self._pool: Any = getattr(client, 'connection_pool', None)  # a cluster has one for each node
         self._free: list[Any] = []
         self._left_locked: list[tuple[str, bytes]] = []
         self._failures = 0
@@ -1250,13 +1250,13 @@ class RedisStore(Store):
     def _try_again(self, error: Exception, start: float, command: tuple[Any, ...]) -> Any:
         """ Send a command once more if its connection was lost, not if it timed out. """
         again, maybe_done = self._judge(error)
-        seconds = time.monotonic() - start
-        if again and seconds < self._SLOW:
+        if again and time.monotonic() - start < self._SLOW:
             try:
                 return self._send(start, command)
             except Exception as second:
-                error, seconds = second, time.monotonic() - start
-                again, maybe_done = self._judge(error)[0], self._judge(error)[1] or maybe_done
+                error, before = second, maybe_done
+                again, maybe_done = self._judge(error)
+                maybe_done |= before
         text = '%s: %s' % (_kind(error), error)
         if 'WRONGTYPE' in text:
             _log.warning('redis: a key is no session; it is treated as absent: %s', text)
@@ -1265,8 +1265,9 @@ class RedisStore(Store):
             text += '; ' + remedy if re.search(pattern, text) else ''
         _log.error('redis: %s failed: %s', command[0], text)
         if again:
-            self._failures += 2 if seconds > self._SLOW else 1
-            self._open_again = time.monotonic() + self._PAUSE
+            now = time.monotonic()
+            self._failures += 2 if now - start > self._SLOW else 1
+            self._open_again = now + self._PAUSE
         failed = StoreError()
         failed.maybe_done = maybe_done
         raise failed from error
@@ -1277,8 +1278,10 @@ class RedisStore(Store):
         text = '%s: %s' % (_kind(error), error)
         demoted = 'READONLY' in text or 'ReadOnly' in text or 'previous master' in text
         lost = not isinstance(error, self._refusals)
-        while self._free and (lost or demoted):
-            self._free.pop().disconnect()
+        if lost or demoted:
+            old, self._free = self._free, []
+            for connection in old[:]:
+                connection.disconnect()
         return lost or demoted, lost and not demoted and getattr(
             error, 'sent', 'onnecting to' not in text or 'Cluster' in text)
 
@@ -1356,17 +1359,15 @@ class RedisStore(Store):
         url = re.sub('^valkey', 'redis', url)
         try:
             parts = urlsplit(url)
-            if parts.scheme not in ('redis', 'rediss', 'unix'):
-                raise ValueError('the scheme %r is not redis, rediss, valkey or unix'
-                                 % parts.scheme)
-            if parts.port == 0 or parts.fragment or not re.fullmatch(
-                    '.+' if parts.scheme == 'unix' else r'/?\d*', parts.path):
-                raise ValueError('port and database are numbers, unix:// needs a path, and in a '
-                                 'password / is written %2F and # is written %23')
-            for option in filter(None, parts.query.split('&')):
-                if not re.fullmatch(self._OPTION, option):
-                    raise ValueError('the option %r is unknown or has a wrong value'
-                                     % option.partition('=')[0])
+            path = '.+' if parts.scheme == 'unix' else r'/?\d*'
+            for what, text, right in [
+                    ('scheme', parts.scheme, 'rediss?|unix'), ('port', str(parts.port), '[^0].*'),
+                    ('path, which is the database,', parts.path, path), ('#', parts.fragment, ''),
+                    *((option.partition('=')[0], option, self._OPTION)
+                      for option in parts.query.split('&') if option)]:
+                if not re.fullmatch(right, text):
+                    raise ValueError('its %s is wrong (a / in a password is written %%2F, a # '
+                                     '%%23)' % what)
             client = self._redis.Redis.from_url(url)
             pool = client.connection_pool
             pool.connection_class(**pool.connection_kwargs)  # it would tell of the rest later
