@@ -1264,10 +1264,11 @@ class RedisStore(Store):
         for pattern, remedy in self._REMEDIES.items():
             text += '; ' + remedy if re.search(pattern, text) else ''
         _log.error('redis: %s failed: %s', command[0], text)
-        if again:
-            now = time.monotonic()
-            self._failures += 2 if now - start > self._SLOW else 1
-            self._open_again = now + self._PAUSE
+        now = time.monotonic()
+        self._failures += 2 if now - start > self._SLOW else 1
+        self._open_again = now + self._PAUSE
+        if isinstance(error, self._refusals):  # it does answer
+            self._failures = 0
         failed = StoreError()
         failed.maybe_done = maybe_done
         raise failed from error
