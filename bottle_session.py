@@ -1125,9 +1125,9 @@ class RedisStore(Store):
         end
         return {found[1], sessions}"""
     _REMEDIES = {
-        'NOPERM|NoPermission|ACL failure|an.t run this': 'let its user do that: ACL SETUSER (name) '
-        '~(prefix)* +hget +hset +hsetnx +hmget +hdel +del +type +pexpire +time +eval +ping +info '
-        '+scan +dbsize',
+        'NOPERM|NoPermission|ACL failure|an.t run this':
+            'let its user do that: ACL SETUSER (name) ~(prefix)* +hget +hset +hsetnx +hmget +hdel '
+            '+del +type +pexpire +time +eval +ping +info +scan +dbsize',
         'Authentication': 'AUTH was refused: check user and password in the URL or the client',
         'OutOfMemory|OOM': 'raise maxmemory'}
     _OPTION = (r'(db|protocol|max_connections|health_check_interval)=\d+'
@@ -1138,6 +1138,8 @@ class RedisStore(Store):
                  prefix: str = 'bsession:') -> None:
         try:
             import redis
+            from redis.backoff import NoBackoff
+            from redis.retry import Retry
         except ImportError as error:
             raise ImportError("redis URLs need the package 'redis': "
                               "pip install 'redis[hiredis]'") from error
@@ -1145,6 +1147,8 @@ class RedisStore(Store):
             raise TypeError('prefix must be a str, not %s' % _kind(prefix))
         self._redis, errors = redis, redis.exceptions
         self._refusals = errors.ResponseError, errors.AuthenticationError, errors.BusyLoadingError
+        self._no_retries = {'retry': Retry(NoBackoff(), 0), 'retry_on_timeout': False,
+                            'retry_on_error': []}
         # What the time-outs are where nobody has set one.
         self._unset = [None, inspect.signature(redis.Redis).parameters['socket_timeout'].default]
         if isinstance(client, str):
@@ -1156,7 +1160,7 @@ class RedisStore(Store):
                              'returns bytes: made without decode_responses=True')
         self.client: Any = client
         self._prefix = prefix
-        self._pool: Any = getattr(client, 'connection_pool', None)  # a cluster has one for each node
+        self._pool: Any = getattr(client, 'connection_pool', None)  # a cluster: one a node
         self._free: list[Any] = []
         self._left_locked: list[tuple[str, bytes]] = []
         self._failures = 0
@@ -1318,39 +1322,39 @@ class RedisStore(Store):
                 if connection.used > now - self._IDLE and connection.pid == os.getpid():
                     return connection
                 connection.disconnect()
-        connection = self._pool.connection_class(**self._calm(dict(self._pool.connection_kwargs)))
+        settings = self._calm(dict(self._pool.connection_kwargs, **self._no_retries))
+        connection = self._pool.connection_class(**settings)
         connection.connect()
         return connection
 
     def _calm(self, settings: dict[str, Any], helpers: int = 0) -> dict[str, Any]:
-        """ Put in our time-outs where there are none, and no tries but ours. """
-        from redis.backoff import NoBackoff
-        from redis.retry import Retry
+        """ Put in our time-outs where there are none; helpers are asked one by one. """
         for option in 'socket_timeout', 'socket_connect_timeout':
             if settings.get(option) in self._unset:
-                settings[option] = min(1.0, 1.8 / (1 + helpers))  # they are asked one by one
-        settings.update(retry=Retry(NoBackoff(), 0), retry_on_timeout=False, retry_on_error=[])
+                settings[option] = min(1.0, 1.8 / (1 + helpers))
         return settings
 
     def _calm_helpers(self) -> None:
-        """ Do that for the clients that this one asks by itself. """
+        """ The same for the clients that this one has: no tries but ours, and our time-outs. """
         if self._pool is None:
             helpers = [node.redis_connection for node in self.client.get_nodes()]
-            settings = self._calm(self.client.nodes_manager.connection_kwargs, len(helpers))
+            self._calm(self.client.nodes_manager.connection_kwargs, len(helpers))
             self.client.cluster_error_retry_attempts = 0  # redis-py 5 looks here
-            self.client.set_retry(settings['retry'])
+            self.client.set_retry(self._no_retries['retry'])
         else:
             helpers = getattr(getattr(self._pool, 'sentinel_manager', None), 'sentinels', [])
         for helper in filter(None, helpers):
-            self._calm(helper.connection_pool.connection_kwargs, len(helpers))
+            settings = helper.connection_pool.connection_kwargs
+            settings.update(self._no_retries)
+            self._calm(settings, len(helpers))
             helper.connection_pool.reset()
 
     def _check_policy(self) -> None:
         """ Warn of a server that would rather throw sessions away than be full. """
         self._policy_checked = True
         with suppress(StoreError):  # not allowed, say; it is in the log
-            policies = re.findall(r'maxmemory_policy\W+([\w-]+)', str(self._ask('INFO', 'memory')))
-            for policy in set(policies) - {'noeviction'}:
+            info = str(self._ask('INFO', 'memory'))
+            for policy in set(re.findall(r'maxmemory_policy\W+([\w-]+)', info)) - {'noeviction'}:
                 _log.warning('redis has maxmemory-policy %s: it throws living sessions away when '
                              'its memory is full; use noeviction', policy)
 
