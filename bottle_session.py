@@ -1121,9 +1121,9 @@ class RedisStore(Store):
         end
         return {found[1], sessions}"""
     _REMEDIES = {
-        'NOPERM|NoPermission|ACL failure|an.t run this': 'let its user do that: ACL SETUSER (name) '
-        '~(prefix)* +hget +hset +hsetnx +hmget +hdel +del +type +pexpire +time +eval +ping +info '
-        '+scan +dbsize',
+        'NOPERM|NoPermission|ACL failure|an.t run this':
+            'let its user do that: ACL SETUSER (name) ~(prefix)* +hget +hset +hsetnx +hmget +hdel '
+            '+del +type +pexpire +time +eval +ping +info +scan +dbsize',
         'Authentication': 'AUTH was refused: check user and password in the URL or the client',
         'OutOfMemory|OOM': 'raise maxmemory'}
     _OPTION = (r'(db|protocol|max_connections|health_check_interval)=\d+'
@@ -1134,6 +1134,8 @@ class RedisStore(Store):
                  prefix: str = 'bsession:') -> None:
         try:
             import redis
+            from redis.backoff import NoBackoff
+            from redis.retry import Retry
         except ImportError as error:
             raise ImportError("redis URLs need the package 'redis': "
                               "pip install 'redis[hiredis]'") from error
@@ -1141,6 +1143,8 @@ class RedisStore(Store):
             raise TypeError('prefix must be a str, not %s' % _kind(prefix))
         self._redis, errors = redis, redis.exceptions
         self._refusals = errors.ResponseError, errors.AuthenticationError, errors.BusyLoadingError
+        self._no_retries = {'retry': Retry(NoBackoff(), 0), 'retry_on_timeout': False,
+                            'retry_on_error': []}
         # What the time-outs are where nobody has set one.
         self._unset = [None, inspect.signature(redis.Redis).parameters['socket_timeout'].default]
         if isinstance(client, str):
@@ -1150,9 +1154,9 @@ class RedisStore(Store):
                 or client.get_encoder().decode_responses:
             raise ValueError('client must be a URL, or a redis.Redis or redis.RedisCluster that '
                              'returns bytes: made without decode_responses=True')
-        self.client = client
+        self.client: Any = client
         self._prefix = prefix
-        self._pool = getattr(client, 'connection_pool', None)  # a cluster has one for each node
+        self._pool: Any = getattr(client, 'connection_pool', None)  # a cluster: one a node
         self._free: list[Any] = []
         self._left_locked: list[tuple[str, bytes]] = []
         self._failures = 0
@@ -1246,13 +1250,13 @@ class RedisStore(Store):
     def _try_again(self, error: Exception, start: float, command: tuple[Any, ...]) -> Any:
         """ Send a command once more if its connection was lost, not if it timed out. """
         again, maybe_done = self._judge(error)
-        seconds = time.monotonic() - start
-        if again and seconds < self._SLOW:
+        if again and time.monotonic() - start < self._SLOW:
             try:
                 return self._send(start, command)
             except Exception as second:
-                error, seconds = second, time.monotonic() - start
-                again, maybe_done = self._judge(error)[0], self._judge(error)[1] or maybe_done
+                error, before = second, maybe_done
+                again, maybe_done = self._judge(error)
+                maybe_done |= before
         text = '%s: %s' % (_kind(error), error)
         if 'WRONGTYPE' in text:
             _log.warning('redis: a key is no session; it is treated as absent: %s', text)
@@ -1260,9 +1264,11 @@ class RedisStore(Store):
         for pattern, remedy in self._REMEDIES.items():
             text += '; ' + remedy if re.search(pattern, text) else ''
         _log.error('redis: %s failed: %s', command[0], text)
-        if again:
-            self._failures += 2 if seconds > self._SLOW else 1
-            self._open_again = time.monotonic() + self._PAUSE
+        now = time.monotonic()
+        self._failures += 2 if now - start > self._SLOW else 1
+        self._open_again = now + self._PAUSE
+        if isinstance(error, self._refusals):  # it does answer
+            self._failures = 0
         failed = StoreError()
         failed.maybe_done = maybe_done
         raise failed from error
@@ -1273,8 +1279,10 @@ class RedisStore(Store):
         text = '%s: %s' % (_kind(error), error)
         demoted = 'READONLY' in text or 'ReadOnly' in text or 'previous master' in text
         lost = not isinstance(error, self._refusals)
-        while self._free and (lost or demoted):
-            self._free.pop().disconnect()
+        if lost or demoted:
+            old, self._free = self._free, []
+            for connection in old[:]:
+                connection.disconnect()
         return lost or demoted, lost and not demoted and getattr(
             error, 'sent', 'onnecting to' not in text or 'Cluster' in text)
 
@@ -1310,39 +1318,39 @@ class RedisStore(Store):
                 if connection.used > now - self._IDLE and connection.pid == os.getpid():
                     return connection
                 connection.disconnect()
-        connection = self._pool.connection_class(**self._calm(dict(self._pool.connection_kwargs)))
+        settings = self._calm(dict(self._pool.connection_kwargs, **self._no_retries))
+        connection = self._pool.connection_class(**settings)
         connection.connect()
         return connection
 
     def _calm(self, settings: dict[str, Any], helpers: int = 0) -> dict[str, Any]:
-        """ Put in our time-outs where there are none, and no tries but ours. """
-        from redis.backoff import NoBackoff
-        from redis.retry import Retry
+        """ Put in our time-outs where there are none; helpers are asked one by one. """
         for option in 'socket_timeout', 'socket_connect_timeout':
             if settings.get(option) in self._unset:
-                settings[option] = min(1.0, 1.8 / (1 + helpers))  # they are asked one by one
-        settings.update(retry=Retry(NoBackoff(), 0), retry_on_timeout=False, retry_on_error=[])
+                settings[option] = min(1.0, 1.8 / (1 + helpers))
         return settings
 
     def _calm_helpers(self) -> None:
-        """ Do that for the clients that this one asks by itself. """
+        """ The same for the clients that this one has: no tries but ours, and our time-outs. """
         if self._pool is None:
             helpers = [node.redis_connection for node in self.client.get_nodes()]
-            settings = self._calm(self.client.nodes_manager.connection_kwargs, len(helpers))
+            self._calm(self.client.nodes_manager.connection_kwargs, len(helpers))
             self.client.cluster_error_retry_attempts = 0  # redis-py 5 looks here
-            self.client.set_retry(settings['retry'])
+            self.client.set_retry(self._no_retries['retry'])
         else:
             helpers = getattr(getattr(self._pool, 'sentinel_manager', None), 'sentinels', [])
         for helper in filter(None, helpers):
-            self._calm(helper.connection_pool.connection_kwargs, len(helpers))
+            settings = helper.connection_pool.connection_kwargs
+            settings.update(self._no_retries)
+            self._calm(settings, len(helpers))
             helper.connection_pool.reset()
 
     def _check_policy(self) -> None:
         """ Warn of a server that would rather throw sessions away than be full. """
         self._policy_checked = True
         with suppress(StoreError):  # not allowed, say; it is in the log
-            policies = re.findall(r'maxmemory_policy\W+([\w-]+)', str(self._ask('INFO', 'memory')))
-            for policy in set(policies) - {'noeviction'}:
+            info = str(self._ask('INFO', 'memory'))
+            for policy in set(re.findall(r'maxmemory_policy\W+([\w-]+)', info)) - {'noeviction'}:
                 _log.warning('redis has maxmemory-policy %s: it throws living sessions away when '
                              'its memory is full; use noeviction', policy)
 
@@ -1352,17 +1360,15 @@ class RedisStore(Store):
         url = re.sub('^valkey', 'redis', url)
         try:
             parts = urlsplit(url)
-            if parts.scheme not in ('redis', 'rediss', 'unix'):
-                raise ValueError('the scheme %r is not redis, rediss, valkey or unix'
-                                 % parts.scheme)
-            if parts.port == 0 or parts.fragment or not re.fullmatch(
-                    '.+' if parts.scheme == 'unix' else r'/?\d*', parts.path):
-                raise ValueError('port and database are numbers, unix:// needs a path, and in a '
-                                 'password / is written %2F and # is written %23')
-            for option in filter(None, parts.query.split('&')):
-                if not re.fullmatch(self._OPTION, option):
-                    raise ValueError('the option %r is unknown or has a wrong value'
-                                     % option.partition('=')[0])
+            path = '.+' if parts.scheme == 'unix' else r'/?\d*'
+            for what, text, right in [
+                    ('scheme', parts.scheme, 'rediss?|unix'), ('port', str(parts.port), '[^0].*'),
+                    ('path, which is the database,', parts.path, path), ('#', parts.fragment, ''),
+                    *((option.partition('=')[0], option, self._OPTION)
+                      for option in parts.query.split('&') if option)]:
+                if not re.fullmatch(right, text):
+                    raise ValueError('its %s is wrong (a / in a password is written %%2F, a # '
+                                     '%%23)' % what)
             client = self._redis.Redis.from_url(url)
             pool = client.connection_pool
             pool.connection_class(**pool.connection_kwargs)  # it would tell of the rest later
