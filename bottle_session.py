@@ -724,7 +724,7 @@ class FileStore(Store):
         """ Yield the path of everything that is named like a session. """
         start = 0 if progress else os.urandom(1)[0]
         for step in range(256):
-            directory = os.path.join(self.directory, '%02x' % ((start + step) % 256))
+            directory = self._path('%02x' % ((start + step) % 256))
             try:
                 with os.scandir(directory) as entries:
                     for entry in entries:
@@ -956,65 +956,64 @@ def _sync_what_is_done(sync: Callable[[Any], None], what: Any, path: str) -> Non
         _log.error('%s is changed, but a power cut may undo that: %s', path, error.strerror)
 
 
-# What a system of the POSIX kind does for FileStore, and below it what Windows does.
-_pread, _pwrite, _fdatasync, _chmod = (
-    getattr(os, name, None) for name in ('pread', 'pwrite', 'fdatasync', 'fchmod'))
+# What FileStore needs of the system, and what Windows does instead.
+if fcntl is not None:
+    _pread, _pwrite, _chmod = os.pread, os.pwrite, os.fchmod
+    _fdatasync = getattr(os, 'fdatasync', os.fsync)  # macOS has none
 
+    def _try_lock(fd: int) -> bool:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
-def _try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    def _unlock(fd: int) -> None:
+        fcntl.flock(fd, fcntl.LOCK_UN)
 
+    def _unlink(path: str, fd: int | None) -> None:
+        os.unlink(path)
 
-def _unlock(fd: int) -> None:
-    fcntl.flock(fd, fcntl.LOCK_UN)
+    def _sync_directory(path: str) -> None:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
-
-def _close_locked(fd: int | None) -> None:
-    """ Close the file and let go of its lock, also where a forked child shares it. """
-    if fd is not None:
-        _unlock(fd)
-        os.close(fd)
-
-
-def _unlink(path: str, fd: int | None) -> None:
-    os.unlink(path)
-
-
-def _sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-if fcntl is None:  # Windows: files are for one process, whose locks are in a dict
-    _locks: dict[tuple[int, int], int] = {}  # which file -> who holds it
-    _claims: dict[str, int] = {}             # directory -> its lock file, kept open
+else:  # Windows: a directory is for one process, and its locks are in a dict
+    import msvcrt  # type: ignore[unreachable]
+    _held: dict[int, tuple[int, int]] = {}  # the holder's descriptor -> its file
+    _claims: dict[str, int] = {}  # lock files, open as long as this process lives
     _mutex = threading.Lock()
+    _nowhere = os.open(os.devnull, _READING)
+    _path_of, _fdatasync, _unlock = FileStore._path, os.fsync, _held.pop
+    _chmod = _sync_directory = lambda *args: None  # nothing to do
 
     def _claim(store: FileStore, name: str) -> str:
         """ Return the path of a session, if no other process uses the directory. """
-        import msvcrt
-        directory = store.directory
+        lock = os.path.normcase(os.path.join(store.directory, 'lock'))
         with _mutex:
-            if directory in _claims:
-                return '%s%s/%s' % (store._prefix, name[:2], name[2:])
-            if not os.path.isdir(directory):
-                _make_directory(directory)
-            fd = os.open(os.path.join(directory, 'lock'), _WRITING | os.O_CREAT, 0o600)
-            try:
-                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-            except OSError as error:
-                os.close(fd)
-                _log.error('%s is used by another process, and on Windows a directory of sessions '
-                           'can be used by one only: give this one its own, or use redis', directory)
-                raise StoreError() from error
-            _claims[directory] = fd
+            if lock not in _claims:
+                _claims[lock] = _open_claimed(lock)
+        return _path_of(store, name)
+
+    def _open_claimed(path: str) -> int:
+        fd = None
+        try:
+            _make_directory(os.path.dirname(path))
+            fd = os.open(path, _WRITING | os.O_CREAT, 0o600)
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            return fd
+        except OSError as error:
+            if fd is None:
+                raise _failed('open', path, error) from error
+            os.close(fd)
+            _log.error('%s is locked: another process uses this directory, and on Windows only '
+                       'one can. End that one, or use a redis URL for several', path)
+            raise StoreError() from error
+
+    FileStore._path = _claim
 
     def _pread(fd: int, size: int, offset: int) -> bytes:
         os.lseek(fd, offset, os.SEEK_SET)
@@ -1025,32 +1024,30 @@ if fcntl is None:  # Windows: files are for one process, whose locks are in a di
         return os.write(fd, data)
 
     def _try_lock(fd: int) -> bool:
-        state = os.fstat(fd)
+        file = os.fstat(fd)[stat.ST_DEV], os.fstat(fd)[stat.ST_INO]
         with _mutex:
-            return _locks.setdefault((state.st_dev, state.st_ino), fd) == fd
-
-    def _unlock(fd: int) -> None:
-        state = os.fstat(fd)
-        with _mutex:
-            _locks.pop((state.st_dev, state.st_ino), None)
+            free = file not in _held.values()
+            _held.update({fd: file} if free else {})
+            return free
 
     def _unlink(path: str, fd: int | None) -> None:
-        # What another thread has open cannot be removed: it is ended in place. An empty
-        # file is no session, and goes when it is swept.
-        other = os.open(path, _WRITING) if fd is None else fd
-        os.ftruncate(other, 0)
+        # What is open cannot be removed: it is ended in place (an empty file is no session)
+        # and goes now, or by a later sweep if others have it open.
+        ended = os.open(path, _WRITING) if fd is None else fd
+        os.ftruncate(ended, 0)
+        os.fsync(ended)
+        os.dup2(_nowhere, ended, False)  # closes the file, but keeps the lock
         if fd is None:
-            os.close(other)
+            os.close(ended)
         with suppress(PermissionError):
             os.unlink(path)
 
-    def _sync_directory(path: str) -> None:
-        pass
 
-    def _chmod(fd: int, mode: int) -> None:
-        pass
-
-    _fdatasync = os.fsync
+def _close_locked(fd: int | None) -> None:
+    """ Close the file and let go of its lock, also where a forked child shares it. """
+    if fd is not None:
+        _unlock(fd)
+        os.close(fd)
 
 
 class RedisStore(Store):
