@@ -139,29 +139,29 @@ class _Cookie:
 
     def __init__(self, name: str, secure: bool | None, httponly: bool, samesite: str | None,
                  path: str, domain: str | None, partitioned: bool) -> None:
-        _require(isinstance(name, str), TypeError, 'cookie_name must be a str, not %s', _kind(name))
-        _require(_TOKEN(name), ValueError, 'cookie_name=%r: use letters, digits, "-" and "_"', name)
-        _require(samesite is None or str(samesite).lower() in ('lax', 'strict', 'none'), ValueError,
+        _require(isinstance(name, str), 'cookie_name must be a str, not %s', _kind(name), TypeError)
+        _require(_TOKEN(name), 'cookie_name=%r: use letters, digits, "-" and "_"', name)
+        _require(samesite is None or str(samesite).lower() in ('lax', 'strict', 'none'),
                  "samesite=%r: use 'lax', 'strict', 'none' or None", samesite)
-        _require(isinstance(path, str) and re.fullmatch('/[!-:<-~]*', path), ValueError,
+        _require(isinstance(path, str) and re.fullmatch('/[!-:<-~]*', path),
                  "path=%r: use a path that starts with '/', without ';', spaces or characters "
                  "beyond ASCII", path)
-        _require(domain is None or isinstance(domain, str) and re.fullmatch('[A-Za-z0-9.-]+', domain),
-                 ValueError, "domain=%r: use a host name in ASCII ('xn--...' for others), or None "
-                 "for the host that sent the cookie", domain)
+        _require(domain is None or re.fullmatch('[A-Za-z0-9.-]+', str(domain)),
+                 "domain=%r: use a host name in ASCII ('xn--...' for others), or None for the "
+                 "host that sent the cookie", domain)
         for option, flag in (('secure', secure or False), ('httponly', httponly),
                              ('partitioned', partitioned)):
             _check_flag(option, flag)
         host = name.lower().startswith('__host-')
-        cross = str(samesite).lower() == 'none' and samesite is not None
-        _require(secure or not host and not name.lower().startswith('__secure-'), ValueError,
+        cross = str(samesite or '').lower() == 'none'
+        _require(secure or not host and not name.lower().startswith('__secure-'),
                  'cookie_name=%r: browsers take this prefix only with secure=True', name)
-        _require(not host or path == '/' and not domain, ValueError, "cookie_name=%r: browsers "
-                 "take this prefix only with path='/' and without domain", name)
-        _require(secure or not cross, ValueError,
-                 'samesite=%r: browsers take this only with secure=True', samesite)
-        _require(cross or not partitioned, ValueError, "partitioned=%r: browsers send such a "
-                 "cookie only with secure=True and samesite='none'", partitioned)
+        _require(not host or path == '/' and not domain, "cookie_name=%r: browsers take this "
+                 "prefix only with path='/' and without domain", name)
+        _require(secure or not cross, 'samesite=%r: browsers take this only with secure=True',
+                 samesite)
+        _require(cross or not partitioned, "partitioned=%r: browsers send such a cookie only with "
+                 "secure=True and samesite='none'", partitioned)
         self.name, self.secure, self.path, self.domain = name, secure, path, domain
         self._find = re.compile(r'(?:^|;)\s*%s\s*=\s*"?([\w-]{43})"?\s*(?![^;])' % re.escape(name),
                                 re.ASCII).findall
@@ -212,11 +212,12 @@ def _is_https(environ: Mapping[str, Any]) -> bool:
 
 
 def _check_flag(argument: str, flag: bool) -> bool:
-    _require(flag is True or flag is False, ValueError, argument + '=%r: use True or False', flag)
+    _require(flag is True or flag is False, argument + '=%r: use True or False', flag)
     return flag
 
 
-def _require(condition: Any, error: type[Exception], message: str, value: Any) -> None:
+def _require(condition: Any, message: str, value: Any,
+             error: type[Exception] = ValueError) -> None:
     """ Raise this error about an argument unless the condition holds. """
     if not condition:
         raise error(message % (value,))
@@ -244,11 +245,10 @@ _NO_HEAD = _Head(0.0, 0.0, 0.0, -1, None)
 def _check_secrets(secret: Secret | Iterable[Secret]) -> list[bytes]:
     secrets = [secret] if isinstance(secret, (str, bytes)) else secret
     _require(isinstance(secrets, (list, tuple)) and all(
-        isinstance(one, (str, bytes)) for one in secrets), TypeError,
-        'secret must be a str, bytes or a list of them, not %s: ' + _REMEDY, _kind(secret))
+        isinstance(one, (str, bytes)) for one in secrets),
+        'secret must be a str, bytes or a list of them, not %s: ' + _REMEDY, _kind(secret), TypeError)
     raw = [_bytes(one) if isinstance(one, str) else one for one in secrets]
-    _require(raw and all(raw), ValueError, 'secret is %s: ' + _REMEDY,
-             'empty' if raw else 'an empty list')
+    _require(raw and all(raw), 'secret is %s: ' + _REMEDY, 'empty' if raw else 'an empty list')
     if min(map(len, raw)) < 16:
         warnings.warn('secret is shorter than 16 bytes: ' + _REMEDY, UserWarning, 3)
     return list(dict.fromkeys(raw))
@@ -361,7 +361,7 @@ class _Keeper(_Seal):
     keeps_values = pickles = True
 
     def _use(self, serializer: Any) -> None:
-        self.dumps = self.loads = dict  # type: ignore[method-assign]
+        self.dumps = self.loads = dict  # type: ignore[method-assign,assignment]
 
     def seal(self, kind: bytes, id: str, head: _Head, payload: Any = b'') -> Any:
         return _Kept(kind, head, payload)
@@ -564,7 +564,7 @@ class MemoryStore(Store):
 
     def sweep(self, now: float, progress: Progress = None) -> tuple[int, int]:
         with self._mutex:
-            sessions = {name: record[:1] == _SESSION for name, (record, _) in self._records.items()}
+            sessions = {name: found[0][:1] == _SESSION for name, found in self._records.items()}
             went = sum(self._drop_expired(name, now) and sessions[name] for name in sessions)
             return went, sum(sessions.values()) - went
 
@@ -1543,7 +1543,8 @@ class _Owners:
         """ End the sessions with these names; return how many. One that gets a new id
             meanwhile is listed with it before, so it is looked for again, by the time of
             its log-in. Other log-ins that come meanwhile came afterwards. """
-        ended, done = 0, set()
+        ended = 0
+        done: set[str] = set()
         moved: set[float] | None = None
         while moved is None or moved:
             going = {name: entry.created for name, entry in self.read(owner).items()
@@ -1690,8 +1691,9 @@ class _Visit:
 
     def load(self, fetch: Callable[[str], Any] | None = None) -> dict[Any, Any]:
         """ Take the first living session that one of the cookies names. """
-        if self.data is not None:
-            return self.data
+        found: dict[Any, Any] | None = self.data
+        if found is not None:
+            return found
         session = self.session
         for id in session._cookie.ids(self.request.environ):
             name = session._seal.name(id)
@@ -1903,8 +1905,8 @@ class _Visit:
 
     def _lose(self) -> bool:
         """ Accept that the session ended elsewhere: nothing can bring it back. """
-        _log.info('session %s: a save was dropped, it was purged, regenerated or expired meanwhile',
-                  _public(self.name))
+        _log.info('session %s: a save was dropped, it was purged, regenerated or expired '
+                  'meanwhile', _public(self.name))
         self.why = 'it was purged, regenerated or expired elsewhere during this request'
         self.ended, self.moved, self.id = True, False, None
         return False
@@ -2032,7 +2034,8 @@ class _Visit:
             if owner:
                 session._owners.leave(owner, name)
         self.let_go()
-        self.id, self.ended, self.moved, self.why = None, False, False, 'it was purged in this request'
+        self.id, self.why = None, 'it was purged in this request'
+        self.ended = self.moved = False
         self.head, self.options, self.payload = _NO_HEAD, _Visit.options, None
         self.older = False
         self.data = self.data or {}
@@ -2236,9 +2239,9 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         self._days = _check_days('days', days)
         self._max_age = math.inf if max_days is None else _check_days('max_days', max_days) * _DAY
         self._permanent = _check_flag('permanent', permanent)
-        _require(max_logins is None or type(max_logins) is int, TypeError,
-                 'max_logins=%r: use a whole number, or None for no limit', max_logins)
-        _require(max_logins is None or max_logins > 0, ValueError,
+        _require(max_logins is None or type(max_logins) is int,
+                 'max_logins=%r: use a whole number, or None for no limit', max_logins, TypeError)
+        _require(max_logins is None or max_logins > 0,
                  'max_logins=%r: use 1 or more, or None for no limit', max_logins)
         self._max_logins = max_logins
         self.lock_timeout = lock_timeout
@@ -2255,9 +2258,9 @@ class Session(MutableMapping):  # type: ignore[type-arg]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _SETTABLE and not (name[:1] == '_' and name in Session.__slots__):
-            raise AttributeError(
-                'session.%s cannot be set, it would be the same for all visitors: use %s' % (
-                    name, 'session.login(owner)' if name == 'owner' else 'session[%r] = ...' % name))
+            remedy = 'session.login(owner)' if name == 'owner' else 'session[%r] = ...' % name
+            raise AttributeError('session.%s cannot be set, it would be the same for all visitors: '
+                                 'use %s' % (name, remedy))
         super().__setattr__(name, value)
 
     # What a request does
@@ -2396,7 +2399,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         """
         visit = self._visit()
         _check_owner(owner)
-        _require(isinstance(note, str), TypeError, 'note must be a str, not %s', _kind(note))
+        _require(isinstance(note, str), 'note must be a str, not %s', _kind(note), TypeError)
         visit.regenerate(owner, note[:500])
         try:
             if self._max_logins:
@@ -2430,8 +2433,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             this `id`, as `logins` gives it; return how many. They are ended as by
             `purge()`. It works outside of requests, too. """
         _check_owner(owner)
-        _require(len(id) < 2 and all(isinstance(one, str) for one in id), TypeError, 'revoke(owner'
-                 ', id) needs one id of logins(), a str, not %r; revoke(owner) ends all', id)
+        _require(len(id) < 2 and all(isinstance(one, str) for one in id), 'revoke(owner, id) needs '
+                 'one id of logins(), a str, not %r; revoke(owner) ends all', id, TypeError)
         here = self._name_here(owner)
         ended = self._owners.revoke(owner, lambda name: not id or _public(name) == id[0])
         if here and (not id or _public(here) == id[0]):
@@ -2517,7 +2520,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     @lock_timeout.setter
     def lock_timeout(self, seconds: float) -> None:
         number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-        _require(number and 0 <= seconds <= 86400, ValueError,
+        _require(number and 0 <= seconds <= 86400,
                  'lock_timeout=%r: use a number of seconds, 0 or more', seconds)
         self._lock_timeout = seconds
 
@@ -2559,8 +2562,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         return visit
 
     def _expires(self, head: _Head) -> float:
-        expires: float = head.used + (head.days or self._days) * _DAY
-        return min(expires, head.created + self._max_age)
+        used, created = head.used, head.created
+        return float(min(used + (head.days or self._days) * _DAY, created + self._max_age))
 
     # For Bottle
 
@@ -2605,33 +2608,32 @@ def _utc(seconds: float) -> datetime:
 
 
 def _check_days(argument: str, days: float) -> float:
-    _require(isinstance(days, (int, float)) and not isinstance(days, bool), TypeError,
-             argument + ' must be a number, not %s', _kind(days))
-    _require(0 < days <= 10_000_000, ValueError,
-             argument + '=%r: use a number of days greater than 0', days)
+    _require(isinstance(days, (int, float)) and not isinstance(days, bool),
+             argument + ' must be a number, not %s', _kind(days), TypeError)
+    _require(0 < days <= 10_000_000, argument + '=%r: use a number of days greater than 0', days)
     return days
 
 
 def _check_owner(owner: str) -> None:
-    _require(isinstance(owner, str), TypeError, 'owner must be a str, not %s: use the stable name '
-             'of the user, such as str(user.id)', _kind(owner))
-    _require(owner, ValueError, 'owner is empty%s: use the stable name of the user', '')
+    _require(isinstance(owner, str), 'owner must be a str, not %s: use the stable name of the user, '
+             'such as str(user.id)', _kind(owner), TypeError)
+    _require(owner, 'owner is empty%s: use the stable name of the user', '')
 
 
 def _check_serializer(serializer: Any) -> None:
     _require(callable(getattr(serializer, 'dumps', None))
-             and callable(getattr(serializer, 'loads', None)), TypeError,
+             and callable(getattr(serializer, 'loads', None)),
              'serializer must have dumps() and loads(), as json and pickle do, not %s',
-             _kind(serializer))
+             _kind(serializer), TypeError)
     empty = serializer.dumps({})
-    _require(isinstance(empty, (str, bytes)) and serializer.loads(empty) == {}, ValueError,
-             'serializer: dumps({}) gave %r, and not str or bytes of which loads() makes {}', empty)
+    _require(isinstance(empty, (str, bytes)) and serializer.loads(empty) == {}, 'serializer: '
+             'dumps({}) gave %r, and not str or bytes of which loads() makes {}', empty)
 
 
 def _make_store(mode: str | Store, sessions_dir: str | os.PathLike[str]) -> Store:
-    _require(isinstance(sessions_dir, (str, os.PathLike)), TypeError,
-             'sessions_dir must be a str or a path, not %s', _kind(sessions_dir))
-    _require(os.fspath(sessions_dir) and '\0' not in str(sessions_dir), ValueError,
+    _require(isinstance(sessions_dir, (str, os.PathLike)),
+             'sessions_dir must be a str or a path, not %s', _kind(sessions_dir), TypeError)
+    _require(os.fspath(sessions_dir) and '\0' not in str(sessions_dir),
              'sessions_dir=%r is no name of a directory', sessions_dir)
     if isinstance(mode, Store):
         return mode
@@ -2644,7 +2646,7 @@ def _make_store(mode: str | Store, sessions_dir: str | os.PathLike[str]) -> Stor
         return FileStore(sessions_dir)
     if mode == 'redis':
         return RedisStore()
-    _require(isinstance(mode, str) and re.match('(rediss?|valkeys?|unix)://', mode), ValueError,
+    _require(isinstance(mode, str) and re.match('(rediss?|valkeys?|unix)://', mode),
              "mode=%r: use 'memory', 'file', 'redis', a URL (redis://, rediss://, valkey://, "
              "unix://) or a Store", mode)
     return RedisStore(mode)
@@ -2743,7 +2745,7 @@ class _Request:
         for visit in self.visits.values():
             if visit.held:
                 visit.let_go()
-        self.visits = self.environ = {}
+        self.visits, self.environ = {}, {}
 
 
 _current = ContextVar('bottle_session.request', default=_Request())
@@ -2852,8 +2854,9 @@ def _main(arguments: list[str] | None = None) -> int:
     commands.add_parser('secret', help='print a good secret', description='Print a new secret: '
                         '256 random bits. Keep it out of the code, for example in an environment '
                         'variable; who changes it lists the new one first: Session([new, old]).')
-    sweep = commands.add_parser('sweep', help='remove the sessions that have expired', description=(
-        'Remove the sessions that have expired. It needs neither the secret nor days.'))
+    sweep = commands.add_parser(
+        'sweep', help='remove the sessions that have expired',
+        description='Remove the sessions that have expired. It needs neither secret nor days.')
     sweep.add_argument('store', metavar='DIR|URL',
                        help='the sessions_dir of a file mode, or a redis URL')
     options = parser.parse_args(arguments)
