@@ -2422,12 +2422,12 @@ def all_listed(place):
 
 @cases('method', METHODS[:4])
 @cases('nth', [1, 2, 3])
-@cases('use', ['login', 'regenerate'])
+@cases('use', ['login', 'regenerate', 'first login'])
 def test_owner_revoke_at_any_moment_of_a_new_id_ends_it_or_comes_before(place, method, nth, use):
     session, other = place(watched=True), place()
-    visitor, ended = logged_in(session), []
+    visitor, ended = (Browser if use == 'first login' else logged_in)(session), []
     session.store.at(method, nth, lambda: ended.append(elsewhere(other.revoke, 'joe')))
-    visitor.do(lambda: session.login('joe') if use == 'login' else session.regenerate())
+    visitor.do(lambda: session.login('joe') if 'login' in use else session.regenerate())
     session.store.before.clear()
     if use == 'regenerate' and ended:  # which is no log-in of its own
         assert not place.records() and alive(visitor, session=other) == [False]
