@@ -139,14 +139,16 @@ class _Cookie:
 
     def __init__(self, name: str, secure: bool | None, httponly: bool, samesite: str | None,
                  path: str, domain: str | None, partitioned: bool) -> None:
-        _require(isinstance(name, str), 'cookie_name must be a str, not %s', _kind(name), TypeError)
+        _require(isinstance(name, str), 'cookie_name must be a str, not %s', _kind(name),
+                 TypeError)
         _require(_TOKEN(name), 'cookie_name=%r: use letters, digits, "-" and "_"', name)
         _require(samesite is None or str(samesite).lower() in ('lax', 'strict', 'none'),
                  "samesite=%r: use 'lax', 'strict', 'none' or None", samesite)
         _require(isinstance(path, str) and re.fullmatch('/[!-:<-~]*', path),
                  "path=%r: use a path that starts with '/', without ';', spaces or characters "
                  "beyond ASCII", path)
-        _require(domain is None or re.fullmatch('[A-Za-z0-9.-]+', str(domain)),
+        text = domain is None or isinstance(domain, str)
+        _require(text and re.fullmatch('[A-Za-z0-9.-]*', domain or '') and domain != '',
                  "domain=%r: use a host name in ASCII ('xn--...' for others), or None for the "
                  "host that sent the cookie", domain)
         for option, flag in (('secure', secure or False), ('httponly', httponly),
@@ -246,7 +248,8 @@ def _check_secrets(secret: Secret | Iterable[Secret]) -> list[bytes]:
     secrets = [secret] if isinstance(secret, (str, bytes)) else secret
     _require(isinstance(secrets, (list, tuple)) and all(
         isinstance(one, (str, bytes)) for one in secrets),
-        'secret must be a str, bytes or a list of them, not %s: ' + _REMEDY, _kind(secret), TypeError)
+        'secret must be a str, bytes or a list of them, not %s: ' + _REMEDY, _kind(secret),
+        TypeError)
     raw = [_bytes(one) if isinstance(one, str) else one for one in secrets]
     _require(raw and all(raw), 'secret is %s: ' + _REMEDY, 'empty' if raw else 'an empty list')
     if min(map(len, raw)) < 16:
@@ -628,7 +631,8 @@ class FileStore(Store):
             finally:
                 os.close(fd)
         except OSError as error:
-            return _absent(path, error)
+            _absent(path, error)
+            return None
 
     def create(self, name: str, record: bytes, expires: float, durable: bool = False) -> bool:
         path, fd = self._path(name), None
@@ -1615,30 +1619,50 @@ class _Owners:
             if not record:
                 done = not new or store.create(name, new, expires, durable)
             elif not new:
-                done = _patiently(1.0, store.remove, name, record[:_VERSION])
+                done = _patiently(1.0, '', store.remove, name, record[:_VERSION])
             else:
-                done = new == _patiently(1.0, store.replace, name, record[:_VERSION], new,
+                done = new == _patiently(1.0, '', store.replace, name, record[:_VERSION], new,
                                          expires, None, durable)
             if done:
                 return
         raise StoreError()
 
 
-def _patiently(seconds: float, attempt: Callable[..., Any], *args: Any) -> Any:
-    """ Call `attempt` until no other request holds the session, for so long. """
-    end = pause = 0.0
-    while True:
-        try:
-            return attempt(*args)
-        except SessionBusy:
-            end = end or time.monotonic() + seconds
+#: Who waits for the lock of a session in this process, in order of arrival.
+_queues: dict[str, list[object]] = {}
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=_queues.clear)
+
+
+def _patiently(seconds: float, name: str, attempt: Callable[..., Any], *args: Any) -> Any:
+    """ Call `attempt` until no other request holds the session, for so long.
+
+        :param name: of the session whose lock it takes, for which requests queue up; or ''.
+    """
+    me, end = object(), 0.0
+    queue = _queues.get(name, [])
+    try:
+        while True:
+            if not queue or queue[0] is me or not name:
+                try:
+                    return attempt(*args)
+                except SessionBusy:
+                    pass
+            if not end:
+                end = time.monotonic() + seconds
+                queue = _queues.setdefault(name, []) if name else []
+                queue.append(me)
             left = end - time.monotonic()
             if left <= 0:
                 _log.warning('%s: another request holds this session for more than %s seconds',
                              _current.get().rule(), seconds)
-                raise
-        pause = min(2 * pause, 0.02) or 0.0005
-        time.sleep(min(left, pause * random.uniform(0.5, 1.5)))
+                raise SessionBusy()
+            time.sleep(min(left, 0.0005 * min(20, 1 + queue.index(me)) * random.uniform(0.8, 1.2)))
+    finally:
+        if end:
+            queue.remove(me)
+            if not queue:
+                _queues.pop(name, None)
 
 
 def _public(name: str) -> str:
@@ -1753,7 +1777,8 @@ class _Visit:
         kind = type(new)
         if old is _MISSING or new is _MISSING or kind in _ATOMS and kind is not type(old):
             return old is not new
-        if type(key) is not str and not any(_same(key, one) for one in self.load()):
+        if type(key) is not str and not all(any(_same(key, one) for one in keys)
+                                            for keys in (self.data, self.stored())):
             return True  # True has taken the place of 1
         if type(old) in _PLAIN or self.session._seal.keeps_values:
             return new is not old and not _same(old, new)
@@ -1850,7 +1875,7 @@ class _Visit:
         if head.owner and (renewed or self.older):
             session._owners.enter(head.owner, name, _Entry(None, head.used, expires, None), name,
                                   False)
-        stored = _patiently(session.lock_timeout, session.store.replace, name,
+        stored = _patiently(session.lock_timeout, '', session.store.replace, name,
                             self.record[:_VERSION], record, expires, self.held and self._lock())
         if stored is None or stored != record:
             return stored
@@ -1988,7 +2013,7 @@ class _Visit:
                 head = self._next_head(renew=True)._replace(owner=owner)
                 new = self._create(self.dumps(self.changes()), head, entry, True)
                 try:
-                    stored = _patiently(session.lock_timeout, session.store.replace, name,
+                    stored = _patiently(session.lock_timeout, '', session.store.replace, name,
                                         self.record[:_VERSION], mark, now + _MARK, self._lock(),
                                         True)
                 except BaseException as error:
@@ -2078,7 +2103,7 @@ class _Visit:
             if got:
                 self.held = name, got[0], os.getpid()
             return got and got[1]
-        return _patiently(self.session.lock_timeout, take)
+        return _patiently(self.session.lock_timeout, name, take)
 
     def enter(self) -> None:
         """ Begin a `with` block: take the lock and read the newest data. """
@@ -2259,8 +2284,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _SETTABLE and not (name[:1] == '_' and name in Session.__slots__):
             remedy = 'session.login(owner)' if name == 'owner' else 'session[%r] = ...' % name
-            raise AttributeError('session.%s cannot be set, it would be the same for all visitors: '
-                                 'use %s' % (name, remedy))
+            raise AttributeError('session.%s cannot be set, it would be the same for all '
+                                 'visitors: use %s' % (name, remedy))
         super().__setattr__(name, value)
 
     # What a request does
@@ -2433,8 +2458,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             this `id`, as `logins` gives it; return how many. They are ended as by
             `purge()`. It works outside of requests, too. """
         _check_owner(owner)
-        _require(len(id) < 2 and all(isinstance(one, str) for one in id), 'revoke(owner, id) needs '
-                 'one id of logins(), a str, not %r; revoke(owner) ends all', id, TypeError)
+        _require(len(id) < 2 and all(isinstance(one, str) for one in id), 'revoke(owner, id) '
+                 'needs one id of logins(), a str, not %r; revoke(owner) ends all', id, TypeError)
         here = self._name_here(owner)
         ended = self._owners.revoke(owner, lambda name: not id or _public(name) == id[0])
         if here and (not id or _public(here) == id[0]):
@@ -2615,8 +2640,8 @@ def _check_days(argument: str, days: float) -> float:
 
 
 def _check_owner(owner: str) -> None:
-    _require(isinstance(owner, str), 'owner must be a str, not %s: use the stable name of the user, '
-             'such as str(user.id)', _kind(owner), TypeError)
+    _require(isinstance(owner, str), 'owner must be a str, not %s: use the stable name of the '
+             'user, such as str(user.id)', _kind(owner), TypeError)
     _require(owner, 'owner is empty%s: use the stable name of the user', '')
 
 
