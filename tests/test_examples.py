@@ -1,6 +1,7 @@
 """ The examples: each page without a browser, production/ with its servers, and the store
     of custom_store.py on SQLite and on PostgreSQL. """
 
+import gc
 import glob
 import hashlib
 import importlib.util
@@ -446,6 +447,7 @@ def test_own_store_that_cannot_be_used_is_503(make_store, request, tmp_path):
             assert within(session.copy, cookie).code == saving(session, cookie, n=2).code == 503
         finally:
             server.send_signal(signal.SIGCONT)
+        gc.collect()  # those sockets, while their warnings are filtered
     else:
         writer = sqlite3.connect(str(tmp_path / 'sessions.db'))
         writer.execute('BEGIN IMMEDIATE')
