@@ -724,7 +724,7 @@ class FileStore(Store):
         """ Yield the path of everything that is named like a session. """
         start = 0 if progress else os.urandom(1)[0]
         for step in range(256):
-            directory = os.path.join(self.directory, '%02x' % ((start + step) % 256))
+            directory = self._path('%02x' % ((start + step) % 256))
             try:
                 with os.scandir(directory) as entries:
                     for entry in entries:
@@ -956,65 +956,64 @@ def _sync_what_is_done(sync: Callable[[Any], None], what: Any, path: str) -> Non
         _log.error('%s is changed, but a power cut may undo that: %s', path, error.strerror)
 
 
-# What a system of the POSIX kind does for FileStore, and below it what Windows does.
-_pread, _pwrite, _fdatasync, _chmod = (
-    getattr(os, name, None) for name in ('pread', 'pwrite', 'fdatasync', 'fchmod'))
+# What FileStore needs of the system, and what Windows does instead.
+if fcntl is not None:
+    _pread, _pwrite, _chmod = os.pread, os.pwrite, os.fchmod
+    _fdatasync = getattr(os, 'fdatasync', os.fsync)  # macOS has none
 
+    def _try_lock(fd: int) -> bool:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
-def _try_lock(fd: int) -> bool:
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    def _unlock(fd: int) -> None:
+        fcntl.flock(fd, fcntl.LOCK_UN)
 
+    def _unlink(path: str, fd: int | None) -> None:
+        os.unlink(path)
 
-def _unlock(fd: int) -> None:
-    fcntl.flock(fd, fcntl.LOCK_UN)
+    def _sync_directory(path: str) -> None:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
-
-def _close_locked(fd: int | None) -> None:
-    """ Close the file and let go of its lock, also where a forked child shares it. """
-    if fd is not None:
-        _unlock(fd)
-        os.close(fd)
-
-
-def _unlink(path: str, fd: int | None) -> None:
-    os.unlink(path)
-
-
-def _sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-if fcntl is None:  # Windows: files are for one process, whose locks are in a dict
-    _locks: dict[tuple[int, int], int] = {}  # which file -> who holds it
-    _claims: dict[str, int] = {}             # directory -> its lock file, kept open
+else:  # Windows: a directory is for one process, and its locks are in a dict
+    import msvcrt  # type: ignore[unreachable]
+    _held: dict[int, tuple[int, int]] = {}  # the holder's descriptor -> its file
+    _claims: dict[str, int] = {}  # lock files, open as long as this process lives
     _mutex = threading.Lock()
+    _nowhere = os.open(os.devnull, _READING)
+    _path_of, _fdatasync, _unlock = FileStore._path, os.fsync, _held.pop
+    _chmod = _sync_directory = lambda *args: None  # nothing to do
 
     def _claim(store: FileStore, name: str) -> str:
         """ Return the path of a session, if no other process uses the directory. """
-        import msvcrt
-        directory = store.directory
+        lock = os.path.normcase(os.path.join(store.directory, 'lock'))
         with _mutex:
-            if directory in _claims:
-                return '%s%s/%s' % (store._prefix, name[:2], name[2:])
-            if not os.path.isdir(directory):
-                _make_directory(directory)
-            fd = os.open(os.path.join(directory, 'lock'), _WRITING | os.O_CREAT, 0o600)
-            try:
-                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-            except OSError as error:
-                os.close(fd)
-                _log.error('%s is used by another process, and on Windows a directory of sessions '
-                           'can be used by one only: give this one its own, or use redis', directory)
-                raise StoreError() from error
-            _claims[directory] = fd
+            if lock not in _claims:
+                _claims[lock] = _open_claimed(lock)
+        return _path_of(store, name)
+
+    def _open_claimed(path: str) -> int:
+        fd = None
+        try:
+            _make_directory(os.path.dirname(path))
+            fd = os.open(path, _WRITING | os.O_CREAT, 0o600)
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            return fd
+        except OSError as error:
+            if fd is None:
+                raise _failed('open', path, error) from error
+            os.close(fd)
+            _log.error('%s is locked: another process uses this directory, and on Windows only '
+                       'one can. End that one, or use a redis URL for several', path)
+            raise StoreError() from error
+
+    FileStore._path = _claim
 
     def _pread(fd: int, size: int, offset: int) -> bytes:
         os.lseek(fd, offset, os.SEEK_SET)
@@ -1025,32 +1024,30 @@ if fcntl is None:  # Windows: files are for one process, whose locks are in a di
         return os.write(fd, data)
 
     def _try_lock(fd: int) -> bool:
-        state = os.fstat(fd)
+        file = os.fstat(fd)[stat.ST_DEV], os.fstat(fd)[stat.ST_INO]
         with _mutex:
-            return _locks.setdefault((state.st_dev, state.st_ino), fd) == fd
-
-    def _unlock(fd: int) -> None:
-        state = os.fstat(fd)
-        with _mutex:
-            _locks.pop((state.st_dev, state.st_ino), None)
+            free = file not in _held.values()
+            _held.update({fd: file} if free else {})
+            return free
 
     def _unlink(path: str, fd: int | None) -> None:
-        # What another thread has open cannot be removed: it is ended in place. An empty
-        # file is no session, and goes when it is swept.
-        other = os.open(path, _WRITING) if fd is None else fd
-        os.ftruncate(other, 0)
+        # What is open cannot be removed: it is ended in place (an empty file is no session)
+        # and goes now, or by a later sweep if others have it open.
+        ended = os.open(path, _WRITING) if fd is None else fd
+        os.ftruncate(ended, 0)
+        os.fsync(ended)
+        os.dup2(_nowhere, ended, False)  # closes the file, but keeps the lock
         if fd is None:
-            os.close(other)
+            os.close(ended)
         with suppress(PermissionError):
             os.unlink(path)
 
-    def _sync_directory(path: str) -> None:
-        pass
 
-    def _chmod(fd: int, mode: int) -> None:
-        pass
-
-    _fdatasync = os.fsync
+def _close_locked(fd: int | None) -> None:
+    """ Close the file and let go of its lock, also where a forked child shares it. """
+    if fd is not None:
+        _unlock(fd)
+        os.close(fd)
 
 
 class RedisStore(Store):
@@ -1121,9 +1118,9 @@ class RedisStore(Store):
         end
         return {found[1], sessions}"""
     _REMEDIES = {
-        'NOPERM|NoPermission|ACL failure|an.t run this': 'let its user do that: ACL SETUSER (name) '
-        '~(prefix)* +hget +hset +hsetnx +hmget +hdel +del +type +pexpire +time +eval +ping +info '
-        '+scan +dbsize',
+        'NOPERM|NoPermission|ACL failure|an.t run this':
+            'let its user do that: ACL SETUSER (name) ~(prefix)* +hget +hset +hsetnx +hmget +hdel '
+            '+del +type +pexpire +time +eval +ping +info +scan +dbsize',
         'Authentication': 'AUTH was refused: check user and password in the URL or the client',
         'OutOfMemory|OOM': 'raise maxmemory'}
     _OPTION = (r'(db|protocol|max_connections|health_check_interval)=\d+'
@@ -1134,6 +1131,8 @@ class RedisStore(Store):
                  prefix: str = 'bsession:') -> None:
         try:
             import redis
+            from redis.backoff import NoBackoff
+            from redis.retry import Retry
         except ImportError as error:
             raise ImportError("redis URLs need the package 'redis': "
                               "pip install 'redis[hiredis]'") from error
@@ -1141,6 +1140,8 @@ class RedisStore(Store):
             raise TypeError('prefix must be a str, not %s' % _kind(prefix))
         self._redis, errors = redis, redis.exceptions
         self._refusals = errors.ResponseError, errors.AuthenticationError, errors.BusyLoadingError
+        self._no_retries = {'retry': Retry(NoBackoff(), 0), 'retry_on_timeout': False,
+                            'retry_on_error': []}
         # What the time-outs are where nobody has set one.
         self._unset = [None, inspect.signature(redis.Redis).parameters['socket_timeout'].default]
         if isinstance(client, str):
@@ -1150,9 +1151,9 @@ class RedisStore(Store):
                 or client.get_encoder().decode_responses:
             raise ValueError('client must be a URL, or a redis.Redis or redis.RedisCluster that '
                              'returns bytes: made without decode_responses=True')
-        self.client = client
+        self.client: Any = client
         self._prefix = prefix
-        self._pool = getattr(client, 'connection_pool', None)  # a cluster has one for each node
+        self._pool: Any = getattr(client, 'connection_pool', None)  # a cluster: one a node
         self._free: list[Any] = []
         self._left_locked: list[tuple[str, bytes]] = []
         self._failures = 0
@@ -1246,13 +1247,13 @@ class RedisStore(Store):
     def _try_again(self, error: Exception, start: float, command: tuple[Any, ...]) -> Any:
         """ Send a command once more if its connection was lost, not if it timed out. """
         again, maybe_done = self._judge(error)
-        seconds = time.monotonic() - start
-        if again and seconds < self._SLOW:
+        if again and time.monotonic() - start < self._SLOW:
             try:
                 return self._send(start, command)
             except Exception as second:
-                error, seconds = second, time.monotonic() - start
-                again, maybe_done = self._judge(error)[0], self._judge(error)[1] or maybe_done
+                error, before = second, maybe_done
+                again, maybe_done = self._judge(error)
+                maybe_done |= before
         text = '%s: %s' % (_kind(error), error)
         if 'WRONGTYPE' in text:
             _log.warning('redis: a key is no session; it is treated as absent: %s', text)
@@ -1260,9 +1261,11 @@ class RedisStore(Store):
         for pattern, remedy in self._REMEDIES.items():
             text += '; ' + remedy if re.search(pattern, text) else ''
         _log.error('redis: %s failed: %s', command[0], text)
-        if again:
-            self._failures += 2 if seconds > self._SLOW else 1
-            self._open_again = time.monotonic() + self._PAUSE
+        now = time.monotonic()
+        self._failures += 2 if now - start > self._SLOW else 1
+        self._open_again = now + self._PAUSE
+        if isinstance(error, self._refusals):  # it does answer
+            self._failures = 0
         failed = StoreError()
         failed.maybe_done = maybe_done
         raise failed from error
@@ -1273,8 +1276,10 @@ class RedisStore(Store):
         text = '%s: %s' % (_kind(error), error)
         demoted = 'READONLY' in text or 'ReadOnly' in text or 'previous master' in text
         lost = not isinstance(error, self._refusals)
-        while self._free and (lost or demoted):
-            self._free.pop().disconnect()
+        if lost or demoted:
+            old, self._free = self._free, []
+            for connection in old[:]:
+                connection.disconnect()
         return lost or demoted, lost and not demoted and getattr(
             error, 'sent', 'onnecting to' not in text or 'Cluster' in text)
 
@@ -1310,39 +1315,39 @@ class RedisStore(Store):
                 if connection.used > now - self._IDLE and connection.pid == os.getpid():
                     return connection
                 connection.disconnect()
-        connection = self._pool.connection_class(**self._calm(dict(self._pool.connection_kwargs)))
+        settings = self._calm(dict(self._pool.connection_kwargs, **self._no_retries))
+        connection = self._pool.connection_class(**settings)
         connection.connect()
         return connection
 
     def _calm(self, settings: dict[str, Any], helpers: int = 0) -> dict[str, Any]:
-        """ Put in our time-outs where there are none, and no tries but ours. """
-        from redis.backoff import NoBackoff
-        from redis.retry import Retry
+        """ Put in our time-outs where there are none; helpers are asked one by one. """
         for option in 'socket_timeout', 'socket_connect_timeout':
             if settings.get(option) in self._unset:
-                settings[option] = min(1.0, 1.8 / (1 + helpers))  # they are asked one by one
-        settings.update(retry=Retry(NoBackoff(), 0), retry_on_timeout=False, retry_on_error=[])
+                settings[option] = min(1.0, 1.8 / (1 + helpers))
         return settings
 
     def _calm_helpers(self) -> None:
-        """ Do that for the clients that this one asks by itself. """
+        """ The same for the clients that this one has: no tries but ours, and our time-outs. """
         if self._pool is None:
             helpers = [node.redis_connection for node in self.client.get_nodes()]
-            settings = self._calm(self.client.nodes_manager.connection_kwargs, len(helpers))
+            self._calm(self.client.nodes_manager.connection_kwargs, len(helpers))
             self.client.cluster_error_retry_attempts = 0  # redis-py 5 looks here
-            self.client.set_retry(settings['retry'])
+            self.client.set_retry(self._no_retries['retry'])
         else:
             helpers = getattr(getattr(self._pool, 'sentinel_manager', None), 'sentinels', [])
         for helper in filter(None, helpers):
-            self._calm(helper.connection_pool.connection_kwargs, len(helpers))
+            settings = helper.connection_pool.connection_kwargs
+            settings.update(self._no_retries)
+            self._calm(settings, len(helpers))
             helper.connection_pool.reset()
 
     def _check_policy(self) -> None:
         """ Warn of a server that would rather throw sessions away than be full. """
         self._policy_checked = True
         with suppress(StoreError):  # not allowed, say; it is in the log
-            policies = re.findall(r'maxmemory_policy\W+([\w-]+)', str(self._ask('INFO', 'memory')))
-            for policy in set(policies) - {'noeviction'}:
+            info = str(self._ask('INFO', 'memory'))
+            for policy in set(re.findall(r'maxmemory_policy\W+([\w-]+)', info)) - {'noeviction'}:
                 _log.warning('redis has maxmemory-policy %s: it throws living sessions away when '
                              'its memory is full; use noeviction', policy)
 
@@ -1352,17 +1357,15 @@ class RedisStore(Store):
         url = re.sub('^valkey', 'redis', url)
         try:
             parts = urlsplit(url)
-            if parts.scheme not in ('redis', 'rediss', 'unix'):
-                raise ValueError('the scheme %r is not redis, rediss, valkey or unix'
-                                 % parts.scheme)
-            if parts.port == 0 or parts.fragment or not re.fullmatch(
-                    '.+' if parts.scheme == 'unix' else r'/?\d*', parts.path):
-                raise ValueError('port and database are numbers, unix:// needs a path, and in a '
-                                 'password / is written %2F and # is written %23')
-            for option in filter(None, parts.query.split('&')):
-                if not re.fullmatch(self._OPTION, option):
-                    raise ValueError('the option %r is unknown or has a wrong value'
-                                     % option.partition('=')[0])
+            path = '.+' if parts.scheme == 'unix' else r'/?\d*'
+            for what, text, right in [
+                    ('scheme', parts.scheme, 'rediss?|unix'), ('port', str(parts.port), '[^0].*'),
+                    ('path, which is the database,', parts.path, path), ('#', parts.fragment, ''),
+                    *((option.partition('=')[0], option, self._OPTION)
+                      for option in parts.query.split('&') if option)]:
+                if not re.fullmatch(right, text):
+                    raise ValueError('its %s is wrong (a / in a password is written %%2F, a # '
+                                     '%%23)' % what)
             client = self._redis.Redis.from_url(url)
             pool = client.connection_pool
             pool.connection_class(**pool.connection_kwargs)  # it would tell of the rest later

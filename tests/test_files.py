@@ -173,6 +173,8 @@ def test_any_truncated_length_reads_as_absent_old_or_right(damaged):
     session, cookie, path, possible = damaged
     whole = content_of(path)
     for length in range(len(whole)):
+        if length % 10 and whole[length - 5:length + 5] == bytes(10):
+            continue  # behind the records it makes no difference
         write_file(path, whole[:length])
         assert reading(session, cookie) in possible
         if length % 50 == 0:
@@ -561,41 +563,6 @@ def test_a_session_beyond_any_reason_is_refused_by_its_size(filed):
 # System calls ################################################################
 ###############################################################################
 
-@pytest.fixture
-def synced(monkeypatch):
-    """ What was synced to the disk since: 'file' or 'directory'. """
-    calls = []
-
-    def spied(real):
-        def sync(fd):
-            calls.append('directory' if stat.S_ISDIR(os.fstat(fd).st_mode) else 'file')
-            real(fd)
-        return sync
-
-    monkeypatch.setattr(os, 'fsync', spied(os.fsync))
-    monkeypatch.setattr(os, 'fdatasync', spied(os.fdatasync))
-    return calls
-
-
-def test_log_out_new_ids_and_log_ins_are_durable_saves_are_quick(filed, synced):
-    cookie = filed.issue_cookie({'user': 'joe'})
-    saving(filed, cookie, n=1)
-    counting(filed, cookie)
-    assert synced == []
-    answer = within(filed.regenerate, cookie)
-    assert synced[:2] == ['file', 'directory'] and synced[-1] == 'file'  # the new, then the mark
-    del synced[:]
-    within(filed.purge, cookie_of(answer))
-    assert synced == ['directory']
-    del synced[:]
-    answer = within(lambda: filed.login('joe'))
-    assert synced.count('file') == 2 and synced.count('directory') >= 2  # the list and the session
-    del synced[:]
-    assert filed.revoke('joe') == 1
-    assert reading(filed, cookie_of(answer)) == {}
-    assert 'directory' in synced
-
-
 def strace():
     """ Return the path of strace, if it may trace here. """
     path = tool('strace', get='apt-get install strace')
@@ -625,19 +592,19 @@ def test_a_directory_that_cannot_be_synced_after_a_log_out_is_logged(tmp_path):
     assert done.returncode == 0, done.stdout
     assert 'EIO' in (tmp_path / 'trace').read_text()
     said, answer = done.stdout.splitlines()
-    assert 'a power cut may undo it: Input/output error' in said
-    assert answer.startswith("200 ['bsession=; Max-Age=0") and answer.endswith('{} []')
+    assert 'is changed, but a power cut may undo' in said and 'Input/output error' in said
+    assert answer.startswith('200 ') and 'Max-Age=0' in answer and answer.endswith('{} []')
 
 
 TRACED = r'''
 import os, time
 from bottle_session import Session
-from visits import counting, reading, saving, within
+from visits import cookie_of, counting, reading, saving, within
 
 now = time.time()
 time.time = lambda: now  # so that requests clean up once, at the first save
 session = Session('x' * 32, 'sessions', mode='file')
-cookie = session.issue_cookie({'n': 0, 'other': 1})
+cookie, cookies = session.issue_cookie({'n': 0, 'other': 1}), []
 for shard in range(256):
     os.makedirs('sessions/%02x' % shard, exist_ok=True)
 saving(session, cookie, n=1), reading(session, cookie)
@@ -653,29 +620,54 @@ step('same', lambda: saving(session, cookie, other=1))
 step('save', lambda: saving(session, cookie, n=2))
 step('with', lambda: counting(session, cookie))
 step('first', lambda: saving(session, None, n=1))
+step('regenerate', lambda: cookies.append(cookie_of(within(session.regenerate, cookie))))
+step('purge', lambda: within(session.purge, cookies[0]))
+step('login', lambda: within(lambda: session.login('joe')))
+step('revoke', lambda: session.revoke('joe'))
 step('end', lambda: None)
 '''
 
 
-def test_system_calls_are_as_few_as_promised(tmp_path):
-    trace = tmp_path / 'trace'
-    subprocess.run([strace(), '-f', '-o', str(trace), sys.executable, '-c', TRACED], check=True,
-                   cwd=tmp_path, env={**os.environ, **TESTS})
-    steps, step = {}, None
-    for line in trace.read_text().splitlines():
+@pytest.fixture(scope='module')
+def steps(tmp_path_factory):
+    """ The system calls of each step of TRACED: lists of names, with a + where a file is
+        opened for writing, and what was synced: {step: (calls, synced)}. """
+    place, steps, step = tmp_path_factory.mktemp('traced'), {}, None
+    subprocess.run([strace(), '-f', '-y', '-o', 'trace', sys.executable, '-c', TRACED], check=True,
+                   cwd=place, env={**os.environ, **TESTS})
+    for line in (place / 'trace').read_text().splitlines():
         call = re.match(r'\d+ +(\w+)\((.*)', line)
         if call and '/step/' in line:
-            step = steps[line.split('/step/')[1].split('"')[0]] = []
-        elif call and step is not None and call[1] not in (
+            step = steps[line.split('/step/')[1].split('"')[0]] = [], []
+        elif call and step and call[1] in ('fsync', 'fdatasync'):
+            file = call[2].split('<')[1].split('>')[0]
+            step[1].append('directory' if os.path.isdir(file) else 'file')
+        elif call and step and call[1] not in (
                 'getrandom', 'brk', 'mmap', 'munmap', 'madvise', 'futex', 'rt_sigaction',
-                'gettimeofday', 'clock_gettime'):
+                'gettimeofday', 'clock_gettime', 'getpid'):
             name = call[1].replace('64', '').replace('openat', 'open')
-            step.append({'newfstatat': 'fstat'}.get(name, name)
-                        + ('+' if 'O_RDWR' in line or 'O_WRONLY' in line else ''))
-    assert steps['untouched'] == []
-    assert steps['unknown'] == ['open']
-    assert steps['read'] == steps['same'] == ['open', 'read', 'close']
+            step[0].append({'newfstatat': 'fstat'}.get(name, name)
+                           + ('+' if 'O_RDWR' in line or 'O_WRONLY' in line else ''))
+    return steps
+
+
+def test_system_calls_are_as_few_as_promised(steps):
+    calls = {step: calls for step, (calls, _) in steps.items()}
+    assert calls['untouched'] == []
+    assert calls['unknown'] == ['open']
+    assert calls['read'] == calls['same'] == ['open', 'read', 'close']
     save = ['open+', 'flock', 'fstat', 'pread', 'pwrite', 'flock', 'close']
-    assert steps['save'] == steps['read'] + save
-    assert steps['with'] == save[:4] + ['pread', 'fstat'] + save[4:]  # is it still there?
-    assert steps['first'] == save
+    assert calls['save'] == calls['read'] + save
+    # It reads when it begins, and looks at its end whether the file is still there.
+    assert calls['with'] == save[:4] + ['pread', 'fstat'] + save[4:]
+    assert calls['first'] == [call for call in save if call != 'pread']
+
+
+def test_new_ids_log_outs_and_log_ins_are_durable_and_saves_are_quick(steps):
+    synced = {step: synced for step, (_, synced) in steps.items()}
+    assert synced['save'] == synced['with'] == synced['first'] == []
+    new = ['file', 'directory', 'directory']
+    assert synced['regenerate'] == new + ['file']  # the new one, then the mark in the old one
+    assert synced['purge'] == ['directory']
+    assert synced['login'] == new + new  # the list, then the session
+    assert synced['revoke'][0] == 'directory'

@@ -227,7 +227,8 @@ def test_maybe_done_is_not_set_where_the_command_was_refused(start_redis):
     refused()
     server.admin.config_set('maxmemory', '0')
     server.admin.replicaof('127.0.0.1', free_port())
-    refused()
+    for _ in range(4):
+        refused()  # and reading goes on
     server.admin.replicaof('NO', 'ONE')
     server.admin.execute_command('ACL', 'SETUSER', 'default', '-eval')
     refused()
@@ -481,10 +482,10 @@ def test_a_use_is_recorded_by_one_more_command_when_due(start_redis):
 
 
 def test_sessions_end_by_the_servers_own_clock(redis):
-    session = Session(SECRET, mode=redis.url, days=0.2 / 86400)
+    session = Session(SECRET, mode=redis.url, days=0.5 / 86400)
+    before = set(redis.admin.keys())
     session.issue_cookie({'user': 'joe'})
-    _, commands = monitored(redis, lambda: session.issue_cookie({'user': 'ann'}))
-    key = commands[0].split()[3]
+    key, = set(redis.admin.keys()) - before
     until(lambda: not redis.admin.exists(key))
 
 
@@ -502,7 +503,7 @@ def test_the_server_never_sees_data_ids_or_secrets(start_redis):
     seen = repr(monitored(server, live)[1])
     for key in server.admin.keys():
         seen += repr(key) + repr(server.admin.hgetall(key))
-    assert len(told) == 2 and 'EVAL' in seen
+    assert len(told) == 2 and 'HGET' in seen
     for word in ['Novosibirsk', 'Mauritania', 'city', SECRET, *told]:
         assert word not in seen
 
@@ -577,13 +578,13 @@ def test_a_reply_that_was_not_read_is_never_another_requests():
 BAD_URLS = [
     ('http://localhost', 'scheme'), ('redis://localhost:0', 'port'),
     ('redis://localhost:x', 'Port'), ('redis://localhost:65536', 'Port'),
-    ('redis://localhost/one', 'database'), ('redis://localhost/0?db=-1', "'db'"),
+    ('redis://localhost/one', 'database'), ('redis://localhost/0?db=-1', 'db'),
     ('redis://:pa#ss@localhost', 'Port'), ('redis://:12#ss@localhost', 'password'),
-    ('unix://', 'path'), ('redis://localhost?time=3', "'time'"),
-    ('redis://localhost?db=', "'db'"), ('redis://localhost?retry=3', "'retry'"),
-    ('redis://localhost?socket_timeout=soon', "'socket_timeout'"),
-    ('redis://localhost?socket_timeout=-1', "'socket_timeout'"),
-    ('redis://localhost?socket_connect_timeout=0', "'socket_connect_timeout'"),
+    ('unix://', 'path'), ('redis://localhost?time=3', 'time'),
+    ('redis://localhost?db=', 'db'), ('redis://localhost?retry=3', 'retry'),
+    ('redis://localhost?socket_timeout=soon', 'socket_timeout'),
+    ('redis://localhost?socket_timeout=-1', 'socket_timeout'),
+    ('redis://localhost?socket_connect_timeout=0', 'socket_connect_timeout'),
     ('redis://localhost?protocol=9', 'protocol'), ('redis://localhost?ssl_keyfile=x', 'ssl_key'),
     ('rediss://localhost?ssl_cert_reqs=perhaps', 'perhaps'),
     ('redis://localhost?decode_responses=true', 'decode_responses')]

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, 'killpg'), reason='needs a Unix:
 
 
 @pytest.fixture(scope='module', params=[
-    'wsgiref memory', 'wsgiref file', 'waitress memory', 'waitress redis', 'gthread 1 memory',
+    'wsgiref memory', 'wsgiref file', 'waitress memory', 'waitress redis',
     'gthread file', 'gthread redis', 'gevent 1 memory', 'gevent file', 'gevent redis'])
 def server(request, tmp_path_factory):
     kind, _, mode = request.param.rpartition(' ')
