@@ -279,7 +279,7 @@ def test_cli_shows_its_progress_on_a_terminal_only(expired):
 @pytest.mark.parametrize('arguments, said', [
     ('', 'COMMAND'), ('frobnicate', 'frobnicate'), ('sweep', 'DIR'), ('sweep none', 'none'),
     ('sweep ' + os.devnull, os.devnull), ('sweep ftp://example.com', 'ftp://example.com'),
-    ('sweep redis://localhost/x', 'numbers')])
+    ('sweep redis://localhost/x', 'database')])
 def test_cli_wrong_arguments_are_exit_code_2_and_say_what(arguments, said):
     run = command(*arguments.split())
     assert (run.returncode, run.stdout) == (2, '') and said in run.stderr
