@@ -7,7 +7,7 @@ process is sealed with AES-256-GCM::
     import bottle, bottle_session
 
     app = bottle.Bottle()
-    session = bottle_session.Session('your-secret', mode='file')
+    session = bottle_session.Session('16 bytes or more', mode='file')
 
     @app.route('/')
     def index():
@@ -808,7 +808,7 @@ def _load_again(path: str, fd: int, page: bytes) -> bytes | None:
             _unlock(fd)
         if idle or record and at == _newer_slot(page):
             break
-    return record
+    return record if page else None  # Windows may have ended it in place
 
 
 def _fill_other(fd: int, page: bytes, at: int, expires: float, record: bytes,
