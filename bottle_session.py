@@ -24,6 +24,7 @@ each route saves by itself. See README.rst for the rest.
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import inspect
 import io
@@ -2186,6 +2187,7 @@ class _Visit:
 
 def _of_the_data(name: str) -> Any:
     """ Return a method of Session that is the one of its `data`. """
+    @functools.wraps(getattr(dict, name))
     def method(self: Session, *args: Any) -> Any:
         return getattr(self.data, name)(*args)
     return method
@@ -2453,16 +2455,16 @@ class Session(MutableMapping):  # type: ignore[type-arg]
                  if entry.expires > now and self._owners.lives(name)]
         return sorted(found, key=lambda login: (login.used, login.created), reverse=True)
 
-    def revoke(self, owner: str, *id: str) -> int:
+    def revoke(self, owner: str, id: Any = _MISSING) -> int:
         """ End all sessions of this owner, for "log out everywhere", or the one with
             this `id`, as `logins` gives it; return how many. They are ended as by
             `purge()`. It works outside of requests, too. """
         _check_owner(owner)
-        _require(len(id) < 2 and all(isinstance(one, str) for one in id), 'revoke(owner, id) '
-                 'needs one id of logins(), a str, not %r; revoke(owner) ends all', id, TypeError)
+        _require(id is _MISSING or isinstance(id, str), 'revoke(owner, id) needs the id of one of '
+                 'logins(), a str, not %r; revoke(owner) ends all', id, TypeError)
         here = self._name_here(owner)
-        ended = self._owners.revoke(owner, lambda name: not id or _public(name) == id[0])
-        if here and (not id or _public(here) == id[0]):
+        ended = self._owners.revoke(owner, lambda name: id in (_MISSING, _public(name)))
+        if here and id in (_MISSING, _public(here)):
             self.purge()
         return ended
 
