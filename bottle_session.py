@@ -1127,7 +1127,8 @@ class RedisStore(Store):
             'let its user do that: ACL SETUSER (name) ~(prefix)* +hget +hset +hsetnx +hmget +hdel '
             '+del +type +pexpire +time +eval +ping +info +scan +dbsize',
         'Authentication': 'AUTH was refused: check user and password in the URL or the client',
-        'OutOfMemory|OOM': 'raise maxmemory'}
+        'OutOfMemory|OOM': 'raise maxmemory',
+        'onnection refused|not known': 'start the server, or check host and port'}
     _OPTION = (r'(db|protocol|max_connections|health_check_interval)=\d+'
                r'|socket_(connect_)?timeout=(?=.*[1-9])\d*\.?\d+'
                r'|(username|password|client_name|socket_keepalive|decode_responses|ssl_\w+)=.+')
