@@ -1769,15 +1769,20 @@ class _Visit:
 
     def changes(self) -> list[Any]:
         """ Return the keys whose values differ from what is stored. """
-        touched, data = self.touched, self.data
+        touched, data, changed = self.touched, self.data, []
         if self.open:
             touched = {**dict.fromkeys(data, _MISSING), **touched}
-        return [key for key, old in touched.items()
-                if self._differs(key, old, data.get(key, _MISSING))]
+        for key, old in touched.items():
+            new = data.get(key, _MISSING)
+            if type(new) is type(old) in _ATOMS and type(key) is str:  # nearly all are like this
+                if new != old:
+                    changed.append(key)
+            elif self._differs(key, old, new):
+                changed.append(key)
+        return changed
 
     def _differs(self, key: Any, old: Any, new: Any) -> bool:
-        kind = type(new)
-        if old is _MISSING or new is _MISSING or kind in _ATOMS and kind is not type(old):
+        if old is _MISSING or new is _MISSING:
             return old is not new
         if type(key) is not str and not all(any(_same(key, one) for one in keys)
                                             for keys in (self.data, self.stored())):
@@ -1836,7 +1841,7 @@ class _Visit:
 
     def save(self) -> bool:
         """ Store what this request changed, and tell whether that took a write. """
-        if self.data is None or self.request.is_crashing():
+        if self.data is None or sys.exc_info()[1] and self.request.is_crashing():
             return False
         try:
             if self.id:
@@ -1877,7 +1882,7 @@ class _Visit:
         if head.owner and (renewed or self.older):
             session._owners.enter(head.owner, name, _Entry(None, head.used, expires, None), name,
                                   False)
-        stored = _patiently(session.lock_timeout, '', session.store.replace, name,
+        stored = _patiently(session._lock_timeout, '', session.store.replace, name,
                             self.record[:_VERSION], record, expires, self.held and self._lock())
         if stored is None or stored != record:
             return stored
@@ -2015,7 +2020,7 @@ class _Visit:
                 head = self._next_head(renew=True)._replace(owner=owner)
                 new = self._create(self.dumps(self.changes()), head, entry, True)
                 try:
-                    stored = _patiently(session.lock_timeout, '', session.store.replace, name,
+                    stored = _patiently(session._lock_timeout, '', session.store.replace, name,
                                         self.record[:_VERSION], mark, now + _MARK, self._lock(),
                                         True)
                 except BaseException as error:
@@ -2075,7 +2080,7 @@ class _Visit:
     def _tell(self) -> None:
         """ Have the browser told of the id. """
         session = self.session
-        max_age = session._expires(self.head) - session.clock() if self.is_permanent() else None
+        max_age = self.expires - session.clock() if self.is_permanent() else None
         self.cookie = session._cookie.line(_is_https(self.request.environ), self.id or '', max_age)
 
     def is_permanent(self) -> bool:
