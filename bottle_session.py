@@ -2161,13 +2161,12 @@ class _Visit:
     # The end of the request
 
     def finish(self, answered: bool) -> None:
-        """ Save what changed, or warn of it, before the headers leave.
+        """ Save what changed, or warn of it.
 
             :param answered: whether the route did, instead of crashing.
         """
         request = self.request
-        if answered and not self.depth and (self.touched or self.open
-                                            or self.options != self.head[2:4]):
+        if answered and not self.depth:
             if self.session._saves_itself(request.app, request.environ.get('bottle.route')):
                 self.save()
             elif not self.failed and request.rule() not in self.session._warned:
@@ -2737,15 +2736,28 @@ class _Request:
         if self.visits and not self.sent:
             try:
                 # Bottle does not tell where a generator's first chunk crashed.
-                crashed = exc_info is not None or (
-                    status[:3] == '500' and bottle.response.body == 'Unhandled exception')
-                for visit in self.visits.values():
-                    visit.finish(not crashed and not (visit.failed and status[:3] == '503'))
+                self.finish(exc_info is not None or (
+                    status[:3] == '500' and bottle.response.body == 'Unhandled exception'), status)
             except Exception as error:
                 status, headers, exc_info = self._fail(error)
-            headers = self._with_ours(headers)
+            present, headers = dict(headers), headers[:]
+            for visit in self.visits.values():
+                if visit.cookie:
+                    headers.append(('Set-Cookie', visit.cookie))
+                    if 'Cache-Control' not in present:
+                        headers.append(('Cache-Control', 'no-store'))
+                        present['Cache-Control'] = ''
+                if visit.data is not None and not _VARIES(present.get('Vary', '')):
+                    headers.append(('Vary', 'Cookie'))
+                    present['Vary'] = 'Cookie'
         self.sent = True
         return self.start_response(status, headers, exc_info)
+
+    def finish(self, crashed: bool, status: str = '') -> None:
+        """ Let the visits that may have changed something do what is left to do. """
+        for visit in self.visits.values():
+            if visit.touched or visit.open or visit.due or visit.options != visit.head[2:4]:
+                visit.finish(not crashed and not (visit.failed and status[:3] == '503'))
 
     def _fail(self, error: Exception) -> Any:
         """ Answer with this error instead. """
@@ -2759,26 +2771,13 @@ class _Request:
             self.failure = []
         return bottle.response.status_line, bottle.response.headerlist, None
 
-    def _with_ours(self, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        present, used = dict(headers), False
-        for visit in self.visits.values():
-            used = used or visit.data is not None
-            if visit.cookie:
-                headers = headers + [('Set-Cookie', visit.cookie)]
-                if 'Cache-Control' not in present:
-                    present['Cache-Control'] = 'no-store'
-                    headers.append(('Cache-Control', 'no-store'))
-        if used and not ('Vary' in present and any(
-                name == 'Vary' and _VARIES(value) for name, value in headers)):
-            headers = headers + [('Vary', 'Cookie')]
-        return headers
-
     def end(self) -> None:
         """ The request is over: nothing of it can be used any more. """
         for visit in self.visits.values():
             if visit.held:
                 visit.let_go()
-        self.visits, self.environ = {}, {}
+        self.visits = {}
+        self.environ = {}
 
 
 _current = ContextVar('bottle_session.request', default=_Request())
@@ -2804,7 +2803,9 @@ def _wsgi(app: bottle.Bottle, environ: dict[str, Any], start_response: Any) -> A
     finally:
         _current.reset(token)
         if type(body) is not _Body:
-            request.end()
+            if request.visits:
+                request.end()
+            request.environ = {}
 
 
 bottle.Bottle.wsgi = _wsgi
@@ -2851,12 +2852,11 @@ class _Body:
             self._request.end()
 
     def _save(self) -> None:
-        for visit in self._request.visits.values():
-            try:
-                visit.finish(not self._crashed)
-            except SessionError as error:  # too late to answer with it
-                _log.warning('%s: a change after the first chunk was not saved: %s',
-                             self._request.rule(), error)
+        try:
+            self._request.finish(self._crashed)
+        except SessionError as error:  # too late to answer with it
+            _log.warning('%s: a change after the first chunk was not saved: %s',
+                         self._request.rule(), error)
 
     def _resume(self, step: Callable[..., Any], *args: Any) -> Any:
         token = _current.set(self._request)
