@@ -751,7 +751,8 @@ class FileStore(Store):
             self._cleaned = now
             end = time.perf_counter() + 0.002
             for path in self._cleaner:
-                _remove_if_expired(path, now)
+                if _remove_if_expired(path, now)[1]:
+                    _log.debug('removed what has expired: %s', path)
                 if time.perf_counter() >= end:
                     return
             self._cleaner = self._paths()
@@ -819,7 +820,12 @@ def _fill_other(fd: int, page: bytes, at: int, expires: float, record: bytes,
     free = _PAGE  # where a bigger record does not touch the current one
     if _PAGE <= taken < _PAGE + len(record):
         free = -(-(taken + length) // _PAGE) * _PAGE
-    inside = _fill_slot(fd, sum(_SLOTS) - at, number + 1, expires, record, free, taken >= _PAGE)
+    try:
+        inside = _fill_slot(fd, sum(_SLOTS) - at, number + 1, expires, record, free,
+                            taken >= _PAGE)
+    except OSError:  # a full disk: give back what was taken
+        os.ftruncate(fd, max(_PAGE, taken + length))
+        raise
     if inside and taken < _PAGE < size:
         os.ftruncate(fd, _PAGE)
 
@@ -866,7 +872,9 @@ def _open_locked(path: str, flags: int) -> tuple[Any, int]:
         if not flags & os.O_CREAT:
             _absent(path, error)
             return None, 0
-        if error.errno != errno.ENOENT:
+        if error.errno in _NO_FILE:
+            os.rename(path, path + '.strange')  # out of the way
+        elif error.errno != errno.ENOENT:
             raise
         _make_directory(os.path.dirname(path))
         fd = os.open(path, flags, 0o600)
@@ -875,6 +883,8 @@ def _open_locked(path: str, flags: int) -> tuple[Any, int]:
             raise SessionBusy()
         state = os.fstat(fd)
         if not (state.st_nlink and stat.S_ISREG(state.st_mode)):
+            if flags & os.O_CREAT and state.st_nlink:
+                os.rename(path, path + '.strange')
             _unlock(fd)
             os.close(fd)
             return None, 0
@@ -1506,11 +1516,15 @@ class _Owners:
         """ Return what the lists under all secrets say: name -> entry. """
         entries: dict[str, _Entry] = {}
         for id in reversed(self._seal.list_ids(owner)):
-            entries.update(self._load(id)[1])
+            for name, entry in self._load(id)[1].items():
+                if name not in entries or entry.used >= entries[name].used:
+                    entries[name] = entry
         return entries
 
     def enter(self, owner: str, name: str, entry: _Entry, like: str, durable: bool) -> None:
-        """ List a session under the newest secret, before it is stored.
+        """ List a session under the newest secret, before it is stored. What an older list
+            says of it stays there: a process that has the secrets in another order may be
+            writing to that.
 
             :param like: the name whose entry it takes over, as far as `entry` has None.
         """
@@ -1527,8 +1541,6 @@ class _Owners:
             return True
 
         self._change(newest, change, durable)
-        if name in known:
-            self._leave(older, {name}, False)
 
     def leave(self, owner: str, name: str) -> None:
         """ Take a session that ended out of the lists. """
@@ -1545,33 +1557,38 @@ class _Owners:
         for id in ids:
             self._change(id, change, durable)
 
-    def revoke(self, owner: str, wanted: Callable[[str], bool]) -> int:
-        """ End the sessions with these names; return how many. One that gets a new id
+    def revoke(self, owner: str, wanted: Callable[[str], bool], now: float) -> int:
+        """ End the sessions with these names; return how many lived. One that gets a new id
             meanwhile is listed with it before, so it is looked for again, by the time of
             its log-in. Other log-ins that come meanwhile came afterwards. """
         ended = 0
         done: set[str] = set()
         moved: set[float] | None = None
         while moved is None or moved:
-            going = {name: entry.created for name, entry in self.read(owner).items()
+            going = {name: entry for name, entry in self.read(owner).items()
                      if name not in done and wanted(name)
                      and (moved is None or entry.created in moved)}
             kinds = {name: self._end(name) for name in going}
-            ended += list(kinds.values()).count(_SESSION)
-            moved = {going[name] for name, kind in kinds.items() if kind == _MOVED}
+            ended += sum(kinds[name] == _SESSION and going[name].expires > now for name in going)
+            moved = {going[name].created for name, kind in kinds.items() if kind == _MOVED}
             done.update(going)
         self._leave(self._seal.list_ids(owner), done, True)
         return ended
 
     def trim(self, owner: str, newest: str, most: int, now: float) -> None:
-        """ End the sessions that were not used for longest, but for `most`. """
+        """ End the sessions that were not used for longest, but for `most`. Log-ins at the
+            same time must choose alike, and none ends itself. """
         entries = self.read(owner)
         if len(entries) > most:
-            names = sorted(entries, key=lambda name: (name == newest, entries[name].used))
-            living = [name for name in names if self.lives(name)]
+            latest = max(entry.used for entry in entries.values())
+            if latest > entries[newest].used + _MARK:  # this process' clock is behind
+                entries[newest] = entries[newest]._replace(used=latest)
+            names = sorted(entries, key=lambda name: (entries[name].used, name))
+            living = [name for name in names if entries[name].expires > now and self.lives(name)]
             over = {name for name in names if entries[name].used + _BLOCK < now}.difference(living)
             over.update(living[:-most])
-            self.revoke(owner, over.__contains__)
+            over.discard(newest)
+            self.revoke(owner, over.__contains__, now)
 
     def lives(self, name: str) -> bool:
         """ Tell whether there is a session of this name. """
@@ -1581,19 +1598,21 @@ class _Owners:
         """ End a session, and return the kind of record that was there; where there is
             none yet, see that there never is. """
         store = self._store
-        while True:
+        for _ in range(100):
             record = store.load(name)
             if record and record[:1] != _SESSION:
                 return bytes(record[:1])
             try:
-                removed = record and store.remove(name, record[:_VERSION])
+                removed = record is not None and store.remove(name, record[:_VERSION] or None)
             except SessionBusy:  # in a `with` block, for which log-out does not wait
                 removed = store.remove(name)
-            if removed:
+            if removed and record:
                 return _SESSION
-            if not record and store.create(name, self._seal.seal(_BLOCKED, name, _NO_HEAD),
+            # Nobody has the id of this record: its name must not help to guess a secret.
+            if not record and store.create(name, self._seal.seal(_BLOCKED, _new_id(), _NO_HEAD),
                                            time.time() + _BLOCK):
-                return b''
+                break
+        return b''  # nothing is there, and nothing can be put there
 
     def _load(self, id: str) -> tuple[Any, dict[str, _Entry]]:
         """ Return the record of a list, and what is in it. """
@@ -1618,6 +1637,8 @@ class _Owners:
             new = entries and seal.seal(_LOGINS, id, _NO_HEAD, entries if seal.keeps_values
                                         else json.dumps(entries).encode('ascii'))
             expires = max((entry.expires for entry in entries.values()), default=0.0)
+            if record is not None and not record:  # damaged
+                store.remove(name)
             if not record:
                 done = not new or store.create(name, new, expires, durable)
             elif not new:
@@ -1723,7 +1744,10 @@ class _Visit:
         session = self.session
         for id in session._cookie.ids(self.request.environ):
             name = session._seal.name(id)
-            found = self._open(id, name, (fetch or session.store.load)(name))
+            try:
+                found = self._open(id, name, (fetch or session.store.load)(name))
+            except MemoryError as error:  # it may be well in a moment
+                raise StoreError() from error
             if found is not None:
                 self.id, self.name, self.why, self.moved = id, name, 'loaded', False
                 self.data = found
@@ -1839,21 +1863,26 @@ class _Visit:
 
     # Saving
 
+    def attempt(self, action: Callable[..., Any], *args: Any) -> Any:
+        """ Call `action`. Where the store fails, the end of the request does not try to
+            save what was to be saved with it. """
+        try:
+            return action(*args)
+        except _Unavailable:
+            self.failed = True
+            raise
+
     def save(self) -> bool:
         """ Store what this request changed, and tell whether that took a write. """
         if self.data is None or sys.exc_info()[1] and self.request.is_crashing():
             return False
-        try:
-            if self.id:
-                payload = self.pending()
-                return payload is not None and self._update(payload)
-            if self.ended or not self.data:
-                return False
-            self._become(self._create(self.dumps(self.data), self._next_head()))
-            return True
-        except _Unavailable:
-            self.failed = True
-            raise
+        if self.id:
+            payload = self.pending()
+            return payload is not None and self._update(payload)
+        if self.ended or not self.data:
+            return False
+        self._become(self._create(self.dumps(self.data), self._next_head()))
+        return True
 
     def _update(self, payload: Any) -> bool:
         """ Write these data on top of what is stored by now. """
@@ -1878,19 +1907,27 @@ class _Visit:
         """ Store this version and return its record, or what is stored by now. """
         session, name, renewed = self.session, self.name, head is not self.head
         record = session._seal.seal(_SESSION, self.id or '', head, payload)
-        expires = session._expires(head) if renewed else self.expires
-        if head.owner and (renewed or self.older):
-            session._owners.enter(head.owner, name, _Entry(None, head.used, expires, None), name,
-                                  False)
+        expires, before = session._expires(head) if renewed else self.expires, self.expires
+        listed = head.owner and (renewed or self.older)
+        if listed:  # never for less than either version
+            self._list(head, max(expires, before))
         stored = _patiently(session._lock_timeout, '', session.store.replace, name,
                             self.record[:_VERSION], record, expires, self.held and self._lock())
         if stored is None or stored != record:
+            if listed and not (stored and stored[:1] == _SESSION):
+                session._owners.leave(head.owner, name)
             return stored
         self.record, self.head, self.payload, self.older = record, head, payload, False
         self.expires = expires
+        if listed and expires < before:
+            self._list(head, expires)
         if renewed and not self.request.sent:
             self._tell()
         return record
+
+    def _list(self, head: _Head, expires: float) -> None:
+        self.session._owners.enter(head.owner, self.name, _Entry(None, head.used, expires, None),
+                                   self.name, False)
 
     def _settle(self) -> None:
         """ Note what is stored. Values that can be changed inside may still be in
@@ -2005,6 +2042,7 @@ class _Visit:
             if not owner:
                 return
             data.clear()  # a log-in begins anew, without what somebody logged out of
+            self.options = self.options if self.options != self.head[2:4] else _Visit.options
         if data or owner:
             head = self._next_head()._replace(owner=owner)
             self._become(self._create(self.dumps(data), head, entry, True))
@@ -2024,7 +2062,7 @@ class _Visit:
                                         self.record[:_VERSION], mark, now + _MARK, self._lock(),
                                         True)
                 except BaseException as error:
-                    if getattr(error, 'maybe_done', False):
+                    if getattr(error, 'maybe_done', not isinstance(error, SessionBusy)):
                         self._become(new)  # the old id may be dead
                     else:
                         self._undo(new)
@@ -2044,10 +2082,10 @@ class _Visit:
     def _undo(self, new: _Visit) -> None:
         try:
             self.session.store.remove(new.name)
+            if new.head.owner:
+                self.session._owners.leave(new.head.owner, new.name)
         except StoreError as error:
             _log.warning('session %s is left until it expires: %s', _public(new.name), error)
-        if new.head.owner:
-            self.session._owners.leave(new.head.owner, new.name)
 
     def purge(self) -> None:
         """ End every session that a cookie of this request names. """
@@ -2060,7 +2098,7 @@ class _Visit:
                 owners[name], record = None, session.store.load(name)
                 with suppress(_Unreadable):
                     owners[name] = session._seal.open(id, record)[1].owner if record else None
-        for name in owners:
+        for name in reversed(list(owners)):  # the one that the route sees at last
             session.store.remove(name)
         for name, owner in owners.items():
             if owner:
@@ -2325,7 +2363,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             fails. In memory mode it happens at the end of the request by itself. In
             a hook that runs after the route crashed nothing is written.
         """
-        return self._visit().save()
+        visit = self._visit()
+        return bool(visit.attempt(visit.save))
 
     @property
     def dirty(self) -> bool:
@@ -2336,7 +2375,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         """ End the session, for log-out: it is gone from the store, durably, and
             the browser forgets its cookie. What is written afterwards in the same
             request starts a new one. StoreError changes nothing. """
-        self._visit().purge()
+        visit = self._visit()
+        visit.attempt(visit.purge)
 
     def clear(self) -> None:
         """ The same as `purge()`; ``session.data.clear()`` only empties the data. """
@@ -2349,7 +2389,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             returns; for a minute, requests that still come with it read as empty
             and store nothing. StoreError changes nothing, or, where the server fell
             silent, tells the browser the new id. """
-        self._visit().regenerate()
+        visit = self._visit()
+        visit.attempt(visit.regenerate)
 
     @property
     def id(self) -> str | None:
@@ -2415,11 +2456,13 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             and read the newest data. The end of the block saves, also after
             `redirect()`, `abort()` or another raised HTTPResponse; any other
             exception undoes what the block changed and did not save itself. """
-        self._visit().enter()
+        visit = self._visit()
+        visit.attempt(visit.enter)
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self._visit().exit(error)
+        visit = self._visit()
+        visit.attempt(visit.exit, error)
 
     # Whose sessions these are
 
@@ -2432,7 +2475,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         visit = self._visit()
         _check_owner(owner)
         _require(isinstance(note, str), 'note must be a str, not %s', _kind(note), TypeError)
-        visit.regenerate(owner, note[:500])
+        visit.attempt(visit.regenerate, owner, note[:500])
         try:
             if self._max_logins:
                 self._owners.trim(owner, visit.name, self._max_logins, self.clock())
@@ -2468,7 +2511,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         _require(id is _MISSING or isinstance(id, str), 'revoke(owner, id) needs the id of one of '
                  'logins(), a str, not %r; revoke(owner) ends all', id, TypeError)
         here = self._name_here(owner)
-        ended = self._owners.revoke(owner, lambda name: id in (_MISSING, _public(name)))
+        ended = self._owners.revoke(owner, lambda name: id in (_MISSING, _public(name)),
+                                    self.clock())
         if here and id in (_MISSING, _public(here)):
             self.purge()
         return ended
@@ -2476,7 +2520,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def revoke_others(self) -> int:
         """ End all sessions of this visitor's owner but this request's; return how many. """
         owner, here = self.owner, self._visit().name
-        return self._owners.revoke(owner, lambda name: name != here) if owner else 0
+        return self._owners.revoke(owner, lambda name: name != here, self.clock()) if owner else 0
 
     def _name_here(self, owner: str | None) -> str:
         """ Return the name of this request's session if it is this owner's, or ''. """
