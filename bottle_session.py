@@ -1403,87 +1403,82 @@ def check_store(make_store: Callable[[], Store]) -> None:
 
         :param make_store: called twice, for two objects on the same storage.
     """
-    store, other = make_store(), make_store()
-    name, later = hashlib.sha256(os.urandom(16)).hexdigest(), time.time() + 60
-    one, two, three = (_SESSION + os.urandom(40) + b'\0record' * size
-                       for size in (1, 2, 100000))
+    store, other, later = make_store(), make_store(), time.time() + 60
+    name = hashlib.sha256(os.urandom(16)).hexdigest()
+    one, two, big = (_SESSION + os.urandom(40) + b'\0record' * size for size in (1, 2, 100000))
+
+    def save(store: Store, old: bytes, new: bytes, lock: Any = None) -> bytes | None:
+        return store.replace(name, old[:_VERSION], new, later, lock, True)
 
     assert store.load(name) is None, 'load() returns None for an unknown name'
-    assert store.replace(name, one[:16], two, later) is None, 'replace() never creates'
+    assert save(store, one, two) is None, 'replace() never creates'
     assert store.lock(name) is None, 'lock() returns None for an unknown name'
     assert not store.remove(name), 'remove() tells that there was nothing'
-    assert store.load(name) is None, 'nothing of that created a record'
-
-    assert store.create(name, one, later, True), 'create() stores'
+    assert store.create(name, one, later, True), 'create() stores, and nothing of that did'
     assert not other.create(name, two, later), 'create() never overwrites'
     assert other.load(name) == one, 'load() returns the bytes that were stored'
-    assert store.replace(name, one[:16], two, later) == two, 'replace() stores'
-    assert other.replace(name, one[:16], three, later) == two, \
-        'replace() of another version changes nothing and returns what is stored'
-    assert other.replace(name, two[:16], three, later, None, True) == three, 'records may grow'
-    assert bytes(store.load(name) or b'') == three
+    assert save(store, one, two) == two, 'replace() stores'
+    assert save(other, one, big) == two, 'replace() of another version returns what is stored'
+    assert save(other, two, big) == big == store.load(name), 'records may grow'
+    _check_locks(store, other, name, save, one, two, big)
 
-    held = store.lock(name)
-    assert held and held[1] == three, 'lock() returns the record with the lock'
-    for action in (lambda: other.lock(name), lambda: other.replace(name, three[:16], one, later)):
-        try:
-            action()
-        except SessionBusy:
-            continue
-        raise AssertionError('lock() keeps others out: SessionBusy at once')
-    assert other.load(name) == three, 'load() does not care for locks'
-    assert store.replace(name, three[:16], one, later, held[0]) == one, 'the holder may save'
-    store.unlock(name, held[0])
-    assert other.replace(name, one[:16], two, later) == two, 'unlock() lets others save'
-
-    assert not store.remove(name, one[:16]), 'remove() with another version does nothing'
-    held = store.lock(name)
-    assert held and other.remove(name), 'remove() does not care for locks'
-    assert store.replace(name, two[:16], one, later, held[0]) is None, 'what was removed is gone'
-    store.unlock(name, held[0])
-    assert store.load(name) is None
-
-    assert store.create(name, one, later) and store.remove(name, one[:16])
-    assert store.create(name, one, time.time() + 0.05)
+    assert store.create(name, one, later) and store.remove(name, one[:_VERSION]), 'it was there'
+    assert store.create(name, one, time.time() + 0.05), 'remove() frees the name'
     time.sleep(0.06)
     store.sweep(time.time())
     assert store.load(name) is None, 'sweep() removes what has expired'
-    assert other.create(name, one, later)
+    assert other.create(name, one, later), 'sweep() frees the name'
     went, left = store.sweep(time.time())
-    assert store.load(name) == one, 'sweep() keeps what has not expired'
-    assert (went, left >= 1) == (0, True), 'sweep() counts what went and what is left'
+    assert went == 0 < left and store.load(name) == one, 'sweep() keeps and counts the others'
     _check_races(store, other, name, one, later)
+
+
+def _check_locks(store: Store, other: Store, name: str, save: Callable[..., bytes | None],
+                 one: bytes, two: bytes, big: bytes) -> None:
+    """ Check what a lock keeps out, and what not; the record is `big`, and gone at the end. """
+    lock, record = store.lock(name) or (None, None)
+    assert record == big == other.load(name), 'lock() returns the record, load() ignores locks'
+    for act in lambda: other.lock(name), lambda: save(other, big, one):
+        try:
+            act()
+        except SessionBusy:
+            continue
+        raise AssertionError('lock() keeps others out: SessionBusy at once')
+    assert save(store, big, one, lock) == one, 'the holder may save'
+    store.unlock(name, lock)
+    assert save(other, one, two) == two, 'unlock() lets others save'
+    assert not store.remove(name, one[:_VERSION]), 'remove() with another version does nothing'
+    lock, record = store.lock(name) or (None, None)
+    assert record == two and other.remove(name), 'remove() ignores locks'
+    assert save(store, two, one, lock) is None, 'what was removed is gone'
+    store.unlock(name, lock)
 
 
 def _check_races(store: Store, other: Store, name: str, one: bytes, later: float) -> None:
     """ Check what several threads do at once. """
-    def in_threads(action: Callable[[bytes], Any]) -> list[Any]:
+    def race(act: Callable[[bytes], Any]) -> list[Any]:
         results = []
 
-        def act() -> None:
+        def run() -> None:
             new = _SESSION + os.urandom(60) * 50
             with suppress(SessionBusy):  # another is at it: right, too
-                results.append((action(new), new))
+                results.append((new, act(new)))
 
-        threads = [threading.Thread(target=act) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        threads = [threading.Thread(target=run) for _ in range(8)]
+        for step in threading.Thread.start, threading.Thread.join:
+            for thread in threads:
+                step(thread)
         return results
 
-    saves = in_threads(lambda new: store.replace(name, one[:16], new, later) == new)
-    assert [done for done, _ in saves].count(True) == 1, \
-        'of several replace() of one version one wins'
-    assert store.remove(name)
+    saves = race(lambda new: store.replace(name, one[:_VERSION], new, later) == new)
+    assert [done for _, done in saves].count(True) == 1, 'of several replace() one wins'
     for _ in range(20):
-        made = in_threads(lambda new: (store.create(name, new, later), other.load(name)))
-        whole = {new for _, new in made}
-        assert [created for (created, _), _ in made].count(True) == 1, \
-            'of several create() of one name one wins'
-        assert all(seen is None or seen in whole for (_, seen), _ in made), \
-            'a record is absent or whole while create() makes it'
         assert store.remove(name)
+        made = race(lambda new: (store.create(name, new, later), other.load(name)))
+        whole = {None, *(new for new, _ in made)}
+        assert sum(done[0] for _, done in made) == 1, 'of several create() one wins'
+        assert all(seen in whole for _, (_, seen) in made), 'a record is absent or whole'
+    assert store.remove(name)
 
 
 ###############################################################################
