@@ -119,8 +119,9 @@ def test_readme_its_sentinel_and_its_cluster_work(names, start_redis, redis, tmp
     until(lambda: cluster.admin.cluster('INFO')['cluster_state'] == 'ok')
     sentinel = Sentinel(tmp_path, redis.port)
     try:
-        sessions = [names['session_by_sentinel']('s' * 16, [('127.0.0.1', sentinel.port)]),
-                    names['session_by_cluster']('s' * 16, '127.0.0.1', cluster.port)]
+        sessions = [Session('s' * 16, mode=store) for store in (
+            names['sentinel_store']([('127.0.0.1', sentinel.port)]),
+            names['cluster_store']('127.0.0.1', cluster.port))]
         for session in sessions:
             assert session.issue_cookie({'n': 1})
         assert cluster.admin.dbsize() == 1
