@@ -47,6 +47,7 @@ def names(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(tmp_path_factory.mktemp('readme'))
         monkeypatch.setattr(bottle.Bottle, 'run', lambda app: None)
+        monkeypatch.setitem(bottle.BaseTemplate.defaults, 'session', None)
         for line, block in blocks('python'):
             exec(compile(block, 'README.rst:%d' % line, 'exec'), names)
             names['client'] = client = webtest.TestApp(names['app'])
