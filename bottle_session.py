@@ -751,7 +751,8 @@ class FileStore(Store):
             self._cleaned = now
             end = time.perf_counter() + 0.002
             for path in self._cleaner:
-                _remove_if_expired(path, now)
+                if _remove_if_expired(path, now)[1]:
+                    _log.debug('removed what has expired: %s', path)
                 if time.perf_counter() >= end:
                     return
             self._cleaner = self._paths()
@@ -819,7 +820,12 @@ def _fill_other(fd: int, page: bytes, at: int, expires: float, record: bytes,
     free = _PAGE  # where a bigger record does not touch the current one
     if _PAGE <= taken < _PAGE + len(record):
         free = -(-(taken + length) // _PAGE) * _PAGE
-    inside = _fill_slot(fd, sum(_SLOTS) - at, number + 1, expires, record, free, taken >= _PAGE)
+    try:
+        inside = _fill_slot(fd, sum(_SLOTS) - at, number + 1, expires, record, free,
+                            taken >= _PAGE)
+    except OSError:  # a full disk: give back what was taken
+        os.ftruncate(fd, max(_PAGE, taken + length))
+        raise
     if inside and taken < _PAGE < size:
         os.ftruncate(fd, _PAGE)
 
@@ -866,7 +872,9 @@ def _open_locked(path: str, flags: int) -> tuple[Any, int]:
         if not flags & os.O_CREAT:
             _absent(path, error)
             return None, 0
-        if error.errno != errno.ENOENT:
+        if error.errno in _NO_FILE:
+            os.rename(path, path + '.strange')  # out of the way
+        elif error.errno != errno.ENOENT:
             raise
         _make_directory(os.path.dirname(path))
         fd = os.open(path, flags, 0o600)
@@ -875,6 +883,8 @@ def _open_locked(path: str, flags: int) -> tuple[Any, int]:
             raise SessionBusy()
         state = os.fstat(fd)
         if not (state.st_nlink and stat.S_ISREG(state.st_mode)):
+            if flags & os.O_CREAT and state.st_nlink:
+                os.rename(path, path + '.strange')
             _unlock(fd)
             os.close(fd)
             return None, 0
@@ -1266,87 +1276,82 @@ def check_store(make_store: Callable[[], Store]) -> None:
 
         :param make_store: called twice, for two objects on the same storage.
     """
-    store, other = make_store(), make_store()
-    name, later = hashlib.sha256(os.urandom(16)).hexdigest(), time.time() + 60
-    one, two, three = (_SESSION + os.urandom(40) + b'\0record' * size
-                       for size in (1, 2, 100000))
+    store, other, later = make_store(), make_store(), time.time() + 60
+    name = hashlib.sha256(os.urandom(16)).hexdigest()
+    one, two, big = (_SESSION + os.urandom(40) + b'\0record' * size for size in (1, 2, 100000))
+
+    def save(store: Store, old: bytes, new: bytes, lock: Any = None) -> bytes | None:
+        return store.replace(name, old[:_VERSION], new, later, lock, True)
 
     assert store.load(name) is None, 'load() returns None for an unknown name'
-    assert store.replace(name, one[:16], two, later) is None, 'replace() never creates'
+    assert save(store, one, two) is None, 'replace() never creates'
     assert store.lock(name) is None, 'lock() returns None for an unknown name'
     assert not store.remove(name), 'remove() tells that there was nothing'
-    assert store.load(name) is None, 'nothing of that created a record'
-
-    assert store.create(name, one, later, True), 'create() stores'
+    assert store.create(name, one, later, True), 'create() stores, and nothing of that did'
     assert not other.create(name, two, later), 'create() never overwrites'
     assert other.load(name) == one, 'load() returns the bytes that were stored'
-    assert store.replace(name, one[:16], two, later) == two, 'replace() stores'
-    assert other.replace(name, one[:16], three, later) == two, \
-        'replace() of another version changes nothing and returns what is stored'
-    assert other.replace(name, two[:16], three, later, None, True) == three, 'records may grow'
-    assert bytes(store.load(name) or b'') == three
+    assert save(store, one, two) == two, 'replace() stores'
+    assert save(other, one, big) == two, 'replace() of another version returns what is stored'
+    assert save(other, two, big) == big == store.load(name), 'records may grow'
+    _check_locks(store, other, name, save, one, two, big)
 
-    held = store.lock(name)
-    assert held and held[1] == three, 'lock() returns the record with the lock'
-    for action in (lambda: other.lock(name), lambda: other.replace(name, three[:16], one, later)):
-        try:
-            action()
-        except SessionBusy:
-            continue
-        raise AssertionError('lock() keeps others out: SessionBusy at once')
-    assert other.load(name) == three, 'load() does not care for locks'
-    assert store.replace(name, three[:16], one, later, held[0]) == one, 'the holder may save'
-    store.unlock(name, held[0])
-    assert other.replace(name, one[:16], two, later) == two, 'unlock() lets others save'
-
-    assert not store.remove(name, one[:16]), 'remove() with another version does nothing'
-    held = store.lock(name)
-    assert held and other.remove(name), 'remove() does not care for locks'
-    assert store.replace(name, two[:16], one, later, held[0]) is None, 'what was removed is gone'
-    store.unlock(name, held[0])
-    assert store.load(name) is None
-
-    assert store.create(name, one, later) and store.remove(name, one[:16])
-    assert store.create(name, one, time.time() + 0.05)
+    assert store.create(name, one, later) and store.remove(name, one[:_VERSION]), 'it was there'
+    assert store.create(name, one, time.time() + 0.05), 'remove() frees the name'
     time.sleep(0.06)
     store.sweep(time.time())
     assert store.load(name) is None, 'sweep() removes what has expired'
-    assert other.create(name, one, later)
+    assert other.create(name, one, later), 'sweep() frees the name'
     went, left = store.sweep(time.time())
-    assert store.load(name) == one, 'sweep() keeps what has not expired'
-    assert (went, left >= 1) == (0, True), 'sweep() counts what went and what is left'
+    assert went == 0 < left and store.load(name) == one, 'sweep() keeps and counts the others'
     _check_races(store, other, name, one, later)
+
+
+def _check_locks(store: Store, other: Store, name: str, save: Callable[..., bytes | None],
+                 one: bytes, two: bytes, big: bytes) -> None:
+    """ Check what a lock keeps out, and what not; the record is `big`, and gone at the end. """
+    lock, record = store.lock(name) or (None, None)
+    assert record == big == other.load(name), 'lock() returns the record, load() ignores locks'
+    for act in lambda: other.lock(name), lambda: save(other, big, one):
+        try:
+            act()
+        except SessionBusy:
+            continue
+        raise AssertionError('lock() keeps others out: SessionBusy at once')
+    assert save(store, big, one, lock) == one, 'the holder may save'
+    store.unlock(name, lock)
+    assert save(other, one, two) == two, 'unlock() lets others save'
+    assert not store.remove(name, one[:_VERSION]), 'remove() with another version does nothing'
+    lock, record = store.lock(name) or (None, None)
+    assert record == two and other.remove(name), 'remove() ignores locks'
+    assert save(store, two, one, lock) is None, 'what was removed is gone'
+    store.unlock(name, lock)
 
 
 def _check_races(store: Store, other: Store, name: str, one: bytes, later: float) -> None:
     """ Check what several threads do at once. """
-    def in_threads(action: Callable[[bytes], Any]) -> list[Any]:
+    def race(act: Callable[[bytes], Any]) -> list[Any]:
         results = []
 
-        def act() -> None:
+        def run() -> None:
             new = _SESSION + os.urandom(60) * 50
             with suppress(SessionBusy):  # another is at it: right, too
-                results.append((action(new), new))
+                results.append((new, act(new)))
 
-        threads = [threading.Thread(target=act) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        threads = [threading.Thread(target=run) for _ in range(8)]
+        for step in threading.Thread.start, threading.Thread.join:
+            for thread in threads:
+                step(thread)
         return results
 
-    saves = in_threads(lambda new: store.replace(name, one[:16], new, later) == new)
-    assert [done for done, _ in saves].count(True) == 1, \
-        'of several replace() of one version one wins'
-    assert store.remove(name)
+    saves = race(lambda new: store.replace(name, one[:_VERSION], new, later) == new)
+    assert [done for _, done in saves].count(True) == 1, 'of several replace() one wins'
     for _ in range(20):
-        made = in_threads(lambda new: (store.create(name, new, later), other.load(name)))
-        whole = {new for _, new in made}
-        assert [created for (created, _), _ in made].count(True) == 1, \
-            'of several create() of one name one wins'
-        assert all(seen is None or seen in whole for (_, seen), _ in made), \
-            'a record is absent or whole while create() makes it'
         assert store.remove(name)
+        made = race(lambda new: (store.create(name, new, later), other.load(name)))
+        whole = {None, *(new for new, _ in made)}
+        assert sum(done[0] for _, done in made) == 1, 'of several create() one wins'
+        assert all(seen in whole for _, (_, seen) in made), 'a record is absent or whole'
+    assert store.remove(name)
 
 
 ###############################################################################
@@ -1379,11 +1384,15 @@ class _Owners:
         """ Return what the lists under all secrets say: name -> entry. """
         entries: dict[str, _Entry] = {}
         for id in reversed(self._seal.list_ids(owner)):
-            entries.update(self._load(id)[1])
+            for name, entry in self._load(id)[1].items():
+                if name not in entries or entry.used >= entries[name].used:
+                    entries[name] = entry
         return entries
 
     def enter(self, owner: str, name: str, entry: _Entry, like: str, durable: bool) -> None:
-        """ List a session under the newest secret, before it is stored.
+        """ List a session under the newest secret, before it is stored. What an older list
+            says of it stays there: a process that has the secrets in another order may be
+            writing to that.
 
             :param like: the name whose entry it takes over, as far as `entry` has None.
         """
@@ -1400,8 +1409,6 @@ class _Owners:
             return True
 
         self._change(newest, change, durable)
-        if name in known:
-            self._leave(older, {name}, False)
 
     def leave(self, owner: str, name: str) -> None:
         """ Take a session that ended out of the lists. """
@@ -1418,33 +1425,38 @@ class _Owners:
         for id in ids:
             self._change(id, change, durable)
 
-    def revoke(self, owner: str, wanted: Callable[[str], bool]) -> int:
-        """ End the sessions with these names; return how many. One that gets a new id
+    def revoke(self, owner: str, wanted: Callable[[str], bool], now: float) -> int:
+        """ End the sessions with these names; return how many lived. One that gets a new id
             meanwhile is listed with it before, so it is looked for again, by the time of
             its log-in. Other log-ins that come meanwhile came afterwards. """
         ended = 0
         done: set[str] = set()
         moved: set[float] | None = None
         while moved is None or moved:
-            going = {name: entry.created for name, entry in self.read(owner).items()
+            going = {name: entry for name, entry in self.read(owner).items()
                      if name not in done and wanted(name)
                      and (moved is None or entry.created in moved)}
             kinds = {name: self._end(name) for name in going}
-            ended += list(kinds.values()).count(_SESSION)
-            moved = {going[name] for name, kind in kinds.items() if kind == _MOVED}
+            ended += sum(kinds[name] == _SESSION and going[name].expires > now for name in going)
+            moved = {going[name].created for name, kind in kinds.items() if kind == _MOVED}
             done.update(going)
         self._leave(self._seal.list_ids(owner), done, True)
         return ended
 
     def trim(self, owner: str, newest: str, most: int, now: float) -> None:
-        """ End the sessions that were not used for longest, but for `most`. """
+        """ End the sessions that were not used for longest, but for `most`. Log-ins at the
+            same time must choose alike, and none ends itself. """
         entries = self.read(owner)
         if len(entries) > most:
-            names = sorted(entries, key=lambda name: (name == newest, entries[name].used))
-            living = [name for name in names if self.lives(name)]
+            latest = max(entry.used for entry in entries.values())
+            if latest > entries[newest].used + _MARK:  # this process' clock is behind
+                entries[newest] = entries[newest]._replace(used=latest)
+            names = sorted(entries, key=lambda name: (entries[name].used, name))
+            living = [name for name in names if entries[name].expires > now and self.lives(name)]
             over = {name for name in names if entries[name].used + _BLOCK < now}.difference(living)
             over.update(living[:-most])
-            self.revoke(owner, over.__contains__)
+            over.discard(newest)
+            self.revoke(owner, over.__contains__, now)
 
     def lives(self, name: str) -> bool:
         """ Tell whether there is a session of this name. """
@@ -1454,19 +1466,21 @@ class _Owners:
         """ End a session, and return the kind of record that was there; where there is
             none yet, see that there never is. """
         store = self._store
-        while True:
+        for _ in range(100):
             record = store.load(name)
             if record and record[:1] != _SESSION:
                 return bytes(record[:1])
             try:
-                removed = record and store.remove(name, record[:_VERSION])
+                removed = record is not None and store.remove(name, record[:_VERSION] or None)
             except SessionBusy:  # in a `with` block, for which log-out does not wait
                 removed = store.remove(name)
-            if removed:
+            if removed and record:
                 return _SESSION
-            if not record and store.create(name, self._seal.seal(_BLOCKED, name, _NO_HEAD),
+            # Nobody has the id of this record: its name must not help to guess a secret.
+            if not record and store.create(name, self._seal.seal(_BLOCKED, _new_id(), _NO_HEAD),
                                            time.time() + _BLOCK):
-                return b''
+                break
+        return b''  # nothing is there, and nothing can be put there
 
     def _load(self, id: str) -> tuple[Any, dict[str, _Entry]]:
         """ Return the record of a list, and what is in it. """
@@ -1491,6 +1505,8 @@ class _Owners:
             new = entries and seal.seal(_LOGINS, id, _NO_HEAD, entries if seal.keeps_values
                                         else json.dumps(entries).encode('ascii'))
             expires = max((entry.expires for entry in entries.values()), default=0.0)
+            if record is not None and not record:  # damaged
+                store.remove(name)
             if not record:
                 done = not new or store.create(name, new, expires, durable)
             elif not new:
@@ -1596,7 +1612,10 @@ class _Visit:
         session = self.session
         for id in session._cookie.ids(self.request.environ):
             name = session._seal.name(id)
-            found = self._open(id, name, (fetch or session.store.load)(name))
+            try:
+                found = self._open(id, name, (fetch or session.store.load)(name))
+            except MemoryError as error:  # it may be well in a moment
+                raise StoreError() from error
             if found is not None:
                 self.id, self.name, self.why, self.moved = id, name, 'loaded', False
                 self.data = found
@@ -1642,15 +1661,20 @@ class _Visit:
 
     def changes(self) -> list[Any]:
         """ Return the keys whose values differ from what is stored. """
-        touched, data = self.touched, self.data
+        touched, data, changed = self.touched, self.data, []
         if self.open:
             touched = {**dict.fromkeys(data, _MISSING), **touched}
-        return [key for key, old in touched.items()
-                if self._differs(key, old, data.get(key, _MISSING))]
+        for key, old in touched.items():
+            new = data.get(key, _MISSING)
+            if type(new) is type(old) in _ATOMS and type(key) is str:  # nearly all are like this
+                if new != old:
+                    changed.append(key)
+            elif self._differs(key, old, new):
+                changed.append(key)
+        return changed
 
     def _differs(self, key: Any, old: Any, new: Any) -> bool:
-        kind = type(new)
-        if old is _MISSING or new is _MISSING or kind in _ATOMS and kind is not type(old):
+        if old is _MISSING or new is _MISSING:
             return old is not new
         if type(key) is not str and not all(any(_same(key, one) for one in keys)
                                             for keys in (self.data, self.stored())):
@@ -1707,21 +1731,26 @@ class _Visit:
 
     # Saving
 
-    def save(self) -> bool:
-        """ Store what this request changed, and tell whether that took a write. """
-        if self.data is None or self.request.is_crashing():
-            return False
+    def attempt(self, action: Callable[..., Any], *args: Any) -> Any:
+        """ Call `action`. Where the store fails, the end of the request does not try to
+            save what was to be saved with it. """
         try:
-            if self.id:
-                payload = self.pending()
-                return payload is not None and self._update(payload)
-            if self.ended or not self.data:
-                return False
-            self._become(self._create(self.dumps(self.data), self._next_head()))
-            return True
+            return action(*args)
         except _Unavailable:
             self.failed = True
             raise
+
+    def save(self) -> bool:
+        """ Store what this request changed, and tell whether that took a write. """
+        if self.data is None or sys.exc_info()[1] and self.request.is_crashing():
+            return False
+        if self.id:
+            payload = self.pending()
+            return payload is not None and self._update(payload)
+        if self.ended or not self.data:
+            return False
+        self._become(self._create(self.dumps(self.data), self._next_head()))
+        return True
 
     def _update(self, payload: Any) -> bool:
         """ Write these data on top of what is stored by now. """
@@ -1746,19 +1775,27 @@ class _Visit:
         """ Store this version and return its record, or what is stored by now. """
         session, name, renewed = self.session, self.name, head is not self.head
         record = session._seal.seal(_SESSION, self.id or '', head, payload)
-        expires = session._expires(head) if renewed else self.expires
-        if head.owner and (renewed or self.older):
-            session._owners.enter(head.owner, name, _Entry(None, head.used, expires, None), name,
-                                  False)
-        stored = _patiently(session.lock_timeout, '', session.store.replace, name,
+        expires, before = session._expires(head) if renewed else self.expires, self.expires
+        listed = head.owner and (renewed or self.older)
+        if listed:  # never for less than either version
+            self._list(head, max(expires, before))
+        stored = _patiently(session._lock_timeout, '', session.store.replace, name,
                             self.record[:_VERSION], record, expires, self.held and self._lock())
         if stored is None or stored != record:
+            if listed and not (stored and stored[:1] == _SESSION):
+                session._owners.leave(head.owner, name)
             return stored
         self.record, self.head, self.payload, self.older = record, head, payload, False
         self.expires = expires
+        if listed and expires < before:
+            self._list(head, expires)
         if renewed and not self.request.sent:
             self._tell()
         return record
+
+    def _list(self, head: _Head, expires: float) -> None:
+        self.session._owners.enter(head.owner, self.name, _Entry(None, head.used, expires, None),
+                                   self.name, False)
 
     def _settle(self) -> None:
         """ Note what is stored. Values that can be changed inside may still be in
@@ -1873,6 +1910,7 @@ class _Visit:
             if not owner:
                 return
             data.clear()  # a log-in begins anew, without what somebody logged out of
+            self.options = self.options if self.options != self.head[2:4] else _Visit.options
         if data or owner:
             head = self._next_head()._replace(owner=owner)
             self._become(self._create(self.dumps(data), head, entry, True))
@@ -1888,11 +1926,11 @@ class _Visit:
                 head = self._next_head(renew=True)._replace(owner=owner)
                 new = self._create(self.dumps(self.changes()), head, entry, True)
                 try:
-                    stored = _patiently(session.lock_timeout, '', session.store.replace, name,
+                    stored = _patiently(session._lock_timeout, '', session.store.replace, name,
                                         self.record[:_VERSION], mark, now + _MARK, self._lock(),
                                         True)
                 except BaseException as error:
-                    if getattr(error, 'maybe_done', False):
+                    if getattr(error, 'maybe_done', not isinstance(error, SessionBusy)):
                         self._become(new)  # the old id may be dead
                     else:
                         self._undo(new)
@@ -1912,10 +1950,10 @@ class _Visit:
     def _undo(self, new: _Visit) -> None:
         try:
             self.session.store.remove(new.name)
+            if new.head.owner:
+                self.session._owners.leave(new.head.owner, new.name)
         except StoreError as error:
             _log.warning('session %s is left until it expires: %s', _public(new.name), error)
-        if new.head.owner:
-            self.session._owners.leave(new.head.owner, new.name)
 
     def purge(self) -> None:
         """ End every session that a cookie of this request names. """
@@ -1928,7 +1966,7 @@ class _Visit:
                 owners[name], record = None, session.store.load(name)
                 with suppress(_Unreadable):
                     owners[name] = session._seal.open(id, record)[1].owner if record else None
-        for name in owners:
+        for name in reversed(list(owners)):  # the one that the route sees at last
             session.store.remove(name)
         for name, owner in owners.items():
             if owner:
@@ -1948,7 +1986,7 @@ class _Visit:
     def _tell(self) -> None:
         """ Have the browser told of the id. """
         session = self.session
-        max_age = session._expires(self.head) - session.clock() if self.is_permanent() else None
+        max_age = self.expires - session.clock() if self.is_permanent() else None
         self.cookie = session._cookie.line(_is_https(self.request.environ), self.id or '', max_age)
 
     def is_permanent(self) -> bool:
@@ -2029,13 +2067,12 @@ class _Visit:
     # The end of the request
 
     def finish(self, answered: bool) -> None:
-        """ Save what changed, or warn of it, before the headers leave.
+        """ Save what changed, or warn of it.
 
             :param answered: whether the route did, instead of crashing.
         """
         request = self.request
-        if answered and not self.depth and (self.touched or self.open
-                                            or self.options != self.head[2:4]):
+        if answered and not self.depth:
             if self.session._saves_itself(request.app, request.environ.get('bottle.route')):
                 self.save()
             elif not self.failed and request.rule() not in self.session._warned:
@@ -2194,7 +2231,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             fails. In memory mode it happens at the end of the request by itself. In
             a hook that runs after the route crashed nothing is written.
         """
-        return self._visit().save()
+        visit = self._visit()
+        return bool(visit.attempt(visit.save))
 
     @property
     def dirty(self) -> bool:
@@ -2205,7 +2243,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         """ End the session, for log-out: it is gone from the store, durably, and
             the browser forgets its cookie. What is written afterwards in the same
             request starts a new one. StoreError changes nothing. """
-        self._visit().purge()
+        visit = self._visit()
+        visit.attempt(visit.purge)
 
     def clear(self) -> None:
         """ The same as `purge()`; ``session.data.clear()`` only empties the data. """
@@ -2218,7 +2257,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             returns; for a minute, requests that still come with it read as empty
             and store nothing. StoreError changes nothing, or, where the server fell
             silent, tells the browser the new id. """
-        self._visit().regenerate()
+        visit = self._visit()
+        visit.attempt(visit.regenerate)
 
     @property
     def id(self) -> str | None:
@@ -2284,11 +2324,13 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             and read the newest data. The end of the block saves, also after
             `redirect()`, `abort()` or another raised HTTPResponse; any other
             exception undoes what the block changed and did not save itself. """
-        self._visit().enter()
+        visit = self._visit()
+        visit.attempt(visit.enter)
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self._visit().exit(error)
+        visit = self._visit()
+        visit.attempt(visit.exit, error)
 
     # Whose sessions these are
 
@@ -2301,7 +2343,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         visit = self._visit()
         _check_owner(owner)
         _require(isinstance(note, str), 'note must be a str, not %s', _kind(note), TypeError)
-        visit.regenerate(owner, note[:500])
+        visit.attempt(visit.regenerate, owner, note[:500])
         try:
             if self._max_logins:
                 self._owners.trim(owner, visit.name, self._max_logins, self.clock())
@@ -2337,7 +2379,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         _require(id is _MISSING or isinstance(id, str), 'revoke(owner, id) needs the id of one of '
                  'logins(), a str, not %r; revoke(owner) ends all', id, TypeError)
         here = self._name_here(owner)
-        ended = self._owners.revoke(owner, lambda name: id in (_MISSING, _public(name)))
+        ended = self._owners.revoke(owner, lambda name: id in (_MISSING, _public(name)),
+                                    self.clock())
         if here and id in (_MISSING, _public(here)):
             self.purge()
         return ended
@@ -2345,7 +2388,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def revoke_others(self) -> int:
         """ End all sessions of this visitor's owner but this request's; return how many. """
         owner, here = self.owner, self._visit().name
-        return self._owners.revoke(owner, lambda name: name != here) if owner else 0
+        return self._owners.revoke(owner, lambda name: name != here, self.clock()) if owner else 0
 
     def _name_here(self, owner: str | None) -> str:
         """ Return the name of this request's session if it is this owner's, or ''. """
@@ -2605,15 +2648,28 @@ class _Request:
         if self.visits and not self.sent:
             try:
                 # Bottle does not tell where a generator's first chunk crashed.
-                crashed = exc_info is not None or (
-                    status[:3] == '500' and bottle.response.body == 'Unhandled exception')
-                for visit in self.visits.values():
-                    visit.finish(not crashed and not (visit.failed and status[:3] == '503'))
+                self.finish(exc_info is not None or (
+                    status[:3] == '500' and bottle.response.body == 'Unhandled exception'), status)
             except Exception as error:
                 status, headers, exc_info = self._fail(error)
-            headers = self._with_ours(headers)
+            present, headers = dict(headers), headers[:]
+            for visit in self.visits.values():
+                if visit.cookie:
+                    headers.append(('Set-Cookie', visit.cookie))
+                    if 'Cache-Control' not in present:
+                        headers.append(('Cache-Control', 'no-store'))
+                        present['Cache-Control'] = ''
+                if visit.data is not None and not _VARIES(present.get('Vary', '')):
+                    headers.append(('Vary', 'Cookie'))
+                    present['Vary'] = 'Cookie'
         self.sent = True
         return self.start_response(status, headers, exc_info)
+
+    def finish(self, crashed: bool, status: str = '') -> None:
+        """ Let the visits that may have changed something do what is left to do. """
+        for visit in self.visits.values():
+            if visit.touched or visit.open or visit.due or visit.options != visit.head[2:4]:
+                visit.finish(not crashed and not (visit.failed and status[:3] == '503'))
 
     def _fail(self, error: Exception) -> Any:
         """ Answer with this error instead. """
@@ -2627,26 +2683,13 @@ class _Request:
             self.failure = []
         return bottle.response.status_line, bottle.response.headerlist, None
 
-    def _with_ours(self, headers: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        present, used = dict(headers), False
-        for visit in self.visits.values():
-            used = used or visit.data is not None
-            if visit.cookie:
-                headers = headers + [('Set-Cookie', visit.cookie)]
-                if 'Cache-Control' not in present:
-                    present['Cache-Control'] = 'no-store'
-                    headers.append(('Cache-Control', 'no-store'))
-        if used and not ('Vary' in present and any(
-                name == 'Vary' and _VARIES(value) for name, value in headers)):
-            headers = headers + [('Vary', 'Cookie')]
-        return headers
-
     def end(self) -> None:
         """ The request is over: nothing of it can be used any more. """
         for visit in self.visits.values():
             if visit.held:
                 visit.let_go()
-        self.visits, self.environ = {}, {}
+        self.visits = {}
+        self.environ = {}
 
 
 _current = ContextVar('bottle_session.request', default=_Request())
@@ -2672,7 +2715,9 @@ def _wsgi(app: bottle.Bottle, environ: dict[str, Any], start_response: Any) -> A
     finally:
         _current.reset(token)
         if type(body) is not _Body:
-            request.end()
+            if request.visits:
+                request.end()
+            request.environ = {}
 
 
 bottle.Bottle.wsgi = _wsgi
@@ -2719,12 +2764,11 @@ class _Body:
             self._request.end()
 
     def _save(self) -> None:
-        for visit in self._request.visits.values():
-            try:
-                visit.finish(not self._crashed)
-            except SessionError as error:  # too late to answer with it
-                _log.warning('%s: a change after the first chunk was not saved: %s',
-                             self._request.rule(), error)
+        try:
+            self._request.finish(self._crashed)
+        except SessionError as error:  # too late to answer with it
+            _log.warning('%s: a change after the first chunk was not saved: %s',
+                         self._request.rule(), error)
 
     def _resume(self, step: Callable[..., Any], *args: Any) -> Any:
         token = _current.set(self._request)

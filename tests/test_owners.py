@@ -1,0 +1,215 @@
+# flake8: noqa: F401,F811
+""" Log-ins, lists and new ids where something fails or happens in between. """
+
+import os
+import sys
+
+import pytest
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from harness import (  # noqa: E402
+    DAY, SECRET, Boom, Browser, clock, elsewhere, held, known, logged, nothing_secret_is_logged,
+    place, redis_url, saves, stores)
+
+import bottle_session  # noqa: E402
+from bottle_session import StoreError  # noqa: E402
+
+every_store = stores('memory', 'file', 'own', 'redis')
+OTHER = 'another secret of more than sixteen bytes'
+
+
+def log_in(session, cookies=(), note='', **data):
+    visitor = Browser(session, cookies)
+    visitor.do(lambda: session.update(data) or session.login('joe', note))
+    return visitor
+
+
+@every_store
+def test_expired_log_ins_count_neither_for_max_logins_nor_in_revoke(place, clock):
+    session = place(days=1, max_logins=2)
+    long = Browser(session)
+    long.do(lambda: setattr(session, 'days', 365) or session.login('joe'))
+    clock.tick(3600)
+    log_in(session)
+    clock.tick(3 * DAY)
+    new = log_in(session)
+    assert long.do(lambda: session.owner) == new.do(lambda: session.owner) == 'joe'
+    assert session.revoke('joe') == 2
+
+
+@every_store
+def test_a_list_outlives_its_session_also_while_its_days_get_fewer(place, clock):
+    session = place(watched=True)
+    visitor = log_in(session)
+
+    def shorten():
+        session.days = 1 / 24
+        session.store.at('replace', 2, lambda: session.store.failing.add('replace'))
+        with pytest.raises(StoreError):
+            session.save()  # the list is written, the session is not
+
+    visitor.do(shorten)
+    session.store.failing.clear()
+    clock.tick(DAY)
+    assert len(session.logins('joe')) == 1 == session.revoke('joe')
+
+
+@every_store
+def test_a_save_that_comes_too_late_leaves_no_entry_in_the_list(place, clock):
+    session = place()
+    visitor = log_in(session)
+    clock.tick(5 * DAY)  # the use is due, and would be listed
+    assert visitor.do(lambda: (session.update(x=1), visitor.meanwhile(session.purge),
+                               session.save())[-1]) is False
+    assert not place.records(b'l')
+
+
+@stores('file', 'own', 'redis')
+def test_what_revoke_leaves_confirms_no_guess_of_the_secret(place):
+    session = place()
+    log_in(session)
+    name, = place.records()
+    place.store().remove(name)
+    session.revoke('joe')
+    left = place.everything()
+    assert set(left) == {name}
+    with pytest.raises(Exception, match='damaged'):
+        session._seal.open(name, left[name])
+
+
+@every_store
+@pytest.mark.parametrize('error', [KeyboardInterrupt, OSError, Boom])
+def test_a_new_id_that_is_interrupted_leaves_a_cookie_that_works(place, error, monkeypatch):
+    session = place(watched=True)
+    visitor = known(session, a=1)
+    replace = type(session.store).replace
+
+    def interrupted(*args):
+        replace(*args)
+        monkeypatch.undo()
+        raise error()
+
+    def code():
+        monkeypatch.setattr(type(session.store), 'replace', interrupted)
+        with pytest.raises(error):
+            session.regenerate()
+
+    visitor.do(code)
+    assert visitor.data() == {'a': 1}
+
+
+@every_store
+@pytest.mark.parametrize('method', ['create', 'replace'])
+def test_a_log_in_that_fails_is_not_saved_under_the_old_id(place, method):
+    session = place(watched=True)
+    visitor = known(session, a=1).tab(plugin=True)
+    session.store.failing = {method}
+    answer = visitor.get(code=lambda: session.update(user='joe') or session.login('joe'))
+    session.store.failing = set()
+    assert answer.status == 503 and not visitor.told() and visitor.data() == {'a': 1}
+
+
+@every_store
+def test_a_busy_session_is_waited_for_once(place, caplog):
+    session = place(lock_timeout=0.2)
+    visitor = known(session, a=1)
+    with held(visitor):
+        answer = visitor.tab(plugin=True).get(
+            code=lambda: session.update(b=2) or session.login('x'))
+    assert answer.status == 503 and session.logins('x') == [] and visitor.data() == {'a': 1}
+    assert len(logged(caplog, 'holds this session')) == 1
+
+
+@stores('file', 'own', 'redis')
+def test_a_session_that_moves_between_lists_is_never_missed(place):
+    one, two = place(secret=[SECRET, OTHER]), place(secret=[OTHER, SECRET], watched=True)
+    visitor = log_in(one)
+    first = place(secret=[SECRET, OTHER], watched=True)
+    # One process revokes; after it has read its first list, the other moves the session.
+    first.store.at('load', 2, lambda: elsewhere(visitor.tab(two).do, saves(two, a=1)))
+    assert first.revoke('joe') == 1
+    assert visitor.do(lambda: one.owner) is None
+
+
+@every_store
+def test_a_new_session_that_could_not_be_undone_stays_listed(place):
+    session = place(watched=True)
+    visitor = log_in(session)
+
+    def code():
+        session.store.failing = {'replace', 'remove'}
+        session.store.at('replace', 2, str)
+        with pytest.raises(StoreError):
+            session.regenerate()
+
+    visitor.do(code)
+    session.store.failing = set()
+    assert len(session.logins('joe')) == len(place.records()) == session.revoke('joe')
+
+
+@every_store
+def test_a_log_out_that_fails_half_way_keeps_the_session_that_is_seen(place):
+    session = place(watched=True)
+    mine, other = known(session, a=1), known(session, b=2)
+    both = 'bsession=%s; bsession=%s' % (mine.cookies['bsession'], other.cookies['bsession'])
+
+    def code():
+        session.get('a')
+        session.store.at('remove', 2, lambda: session.store.failing.add('remove'))
+        with pytest.raises(StoreError):
+            session.purge()
+
+    Browser(session).do(code, HTTP_COOKIE=both)
+    session.store.failing = set()
+    assert mine.data() == {'a': 1}
+
+
+@every_store
+def test_a_log_in_after_the_end_of_a_session_has_nothing_of_its_options(place):
+    session = place()
+    visitor = known(session, a=1)
+    visitor.do(lambda: setattr(session, 'days', 365) or session.save())
+    assert visitor.do(lambda: (session.get('a'), visitor.meanwhile(session.purge),
+                               session.login('ann'), session.days)[-1]) == 30
+
+
+@stores('file')
+@pytest.mark.parametrize('kind', ['FIFO', 'directory', 'symlink'])
+@pytest.mark.parametrize('record', [b's', b'l'])
+def test_log_out_everywhere_and_log_in_get_past_what_is_no_file(place, kind, record):
+    session = place()
+    log_in(session)
+    name, = place.records(record)
+    path = place.path(name)
+    os.unlink(path)
+    {'FIFO': os.mkfifo, 'directory': os.mkdir,
+     'symlink': lambda path: os.symlink(os.devnull, path)}[kind](path)
+    assert session.revoke('joe') == 0
+    log_in(session)
+    assert len(session.logins('joe')) >= 1 and session.revoke('joe') >= 1
+
+
+class Damaged(bottle_session.MemoryStore):
+    """ Says b'' for what is damaged, as `Store.load` has it, and keeps the name. """
+
+    keeps_objects = False
+    damaged = ''
+
+    def load(self, name):
+        return b'' if name == self.damaged else super().load(name)
+
+    def remove(self, name, version=None):
+        self.damaged = '' if name == self.damaged else self.damaged
+        return super().remove(name, version)
+
+
+@pytest.mark.parametrize('kind', [b's', b'l'])
+def test_what_a_store_says_is_damaged_holds_up_nobody(kind):
+    store = Damaged()
+    session = bottle_session.Session(SECRET, mode=store)
+    log_in(session)
+    store.damaged = next(name for name in list(store._records) if store.load(name)[:1] == kind)
+    assert session.revoke('joe') == 0
+    log_in(session)
+    assert session.revoke('joe') >= 1
