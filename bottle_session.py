@@ -45,7 +45,7 @@ import traceback
 import warnings
 import zlib
 from base64 import urlsafe_b64encode
-from collections import OrderedDict, namedtuple
+from collections import OrderedDict, deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from contextvars import ContextVar
@@ -1069,19 +1069,15 @@ class RedisStore(Store):
     """ Keeps each session in a hash of a Redis (6.2 or newer) or Valkey server,
         for any number of hosts. The server's own TTL removes what has expired.
 
-        :param client: a URL (``redis://``, ``rediss://``, ``valkey://``,
-            ``unix://``, with redis-py's query options), or a client of redis-py
-            that returns bytes, of a sentinel or a cluster too. Time-outs are one
-            second unless the URL or the client sets others, and only this store
-            tries again: a cluster's client and sentinels are set up for that.
+        :param client: a URL (``redis://``, ``rediss://``, ``valkey://``, ``unix://``, with
+            redis-py's options), or a client of redis-py that returns bytes, a sentinel's or a
+            cluster's, too. Time-outs of more than a second, or none, are one second.
         :param prefix: what the keys begin with.
     """
 
     _LEASE = 30000  # milliseconds until a lock ends without its holder
-    _PAUSE = 1.0    # seconds of failing at once after two failures in a row
-    # What fails later than that timed out, whatever redis-py calls it: it is not
-    # tried again, and counts as two, so that nobody else waits for a time-out.
-    _SLOW = 0.3     # seconds
+    _SLOW = 0.3     # seconds; what fails later timed out, and is not tried again
+    _PAUSE = 1.0    # seconds after a time-out in which nobody else waits for one
     _IDLE = 60.0    # seconds until a connection that nobody needs is closed
 
     # KEYS[1] is a hash: r = record, l = the holder's token, u = its end in server ms.
@@ -1089,110 +1085,79 @@ class RedisStore(Store):
     _CREATE = """
         local kind = redis.call('TYPE', KEYS[1]).ok
         if kind ~= 'none' and kind ~= 'hash' then redis.call('DEL', KEYS[1]) end
-        if redis.call('HSETNX', KEYS[1], 'r', ARGV[1]) == 0
-            and redis.call('HGET', KEYS[1], 'r') ~= ARGV[1] then return 0 end
-        redis.call('PEXPIRE', KEYS[1], ARGV[2])
-        return 1"""
+        if redis.call('HSETNX', KEYS[1], 'r', ARGV[1]) == 1 then
+            return redis.call('PEXPIRE', KEYS[1], math.floor(ARGV[2] * 1000)) end
+        return redis.call('HGET', KEYS[1], 'r') == ARGV[1]"""
+    # A lock that ends later than ours could, or never, is none of ours.
     _READ = """
         local record, lock, till = unpack(redis.call('HMGET', KEYS[1], 'r', 'l', 'u'))
-        if not record then return 0 end
+        if not record then return end
         local time = redis.call('TIME')
         local now = time[1] * 1000 + math.floor(time[2] / 1000)
-        local function locked(token)  -- 2: by another; 3: by nobody that writes as we do
-            if lock == token or not (lock or till) then return end
-            local left = (tonumber(till) or math.huge) - now
-            if lock and left <= 30000 then return left > 0 and 2 end
-            redis.call('HDEL', KEYS[1], 'l', 'u')
-            return 3
-        end"""
+        local left = (tonumber(till) or 0) - now
+        if lock and lock ~= ARGV[1] and left > 0 and left <= 30000 then return 2 end"""
     _REPLACE = _READ + """
-        if string.sub(record, 1, 16) == string.sub(ARGV[2], 1, 16) then return 1 end
-        local state = locked(ARGV[4])
-        if state then return state end
-        if string.sub(record, 1, 16) ~= ARGV[1] then return record end
-        redis.call('HSET', KEYS[1], 'r', ARGV[2])
-        redis.call('PEXPIRE', KEYS[1], ARGV[3])
-        return 1"""
+        if record == ARGV[3] then return 1 end
+        if record:sub(1, 16) ~= ARGV[2] then return record end
+        redis.call('HSET', KEYS[1], 'r', ARGV[3])
+        return redis.call('PEXPIRE', KEYS[1], math.floor(ARGV[4] * 1000))"""
     _REMOVE = """
         local record = redis.call('HGET', KEYS[1], 'r')
-        if not record or string.sub(record, 1, 16) ~= ARGV[1] then return 0 end
-        return redis.call('DEL', KEYS[1])"""
+        return record and record:sub(1, 16) == ARGV[1] and redis.call('DEL', KEYS[1])"""
     _LOCK = _READ + """
-        local state = locked(ARGV[1])
-        if state then return state end
-        redis.call('HSET', KEYS[1], 'l', ARGV[1], 'u', string.format('%d', now + ARGV[2]))
+        redis.call('HSET', KEYS[1], 'l', ARGV[1], 'u', now + ARGV[2])
         return record"""
     _UNLOCK = """
-        if redis.call('HGET', KEYS[1], 'l') ~= ARGV[1] then return 0 end
-        return redis.call('HDEL', KEYS[1], 'l', 'u')"""
-    _COUNT = """
-        local found, sessions = redis.call('SCAN', ARGV[1], 'MATCH', ARGV[2], 'COUNT', 1000), 0
-        for _, key in ipairs(found[2]) do
-            local record = redis.pcall('HGET', key, 'r')
-            if type(record) == 'string' and record:byte() == 115 then sessions = sessions + 1 end
-        end
-        return {found[1], sessions}"""
+        return redis.call('HGET', KEYS[1], 'l') == ARGV[1] and redis.call('HDEL', KEYS[1], 'l')"""
     _REMEDIES = {
-        'NOPERM|NoPermission|ACL failure|an.t run this':
-            'let its user do that: ACL SETUSER (name) ~(prefix)* +hget +hset +hsetnx +hmget +hdel '
-            '+del +type +pexpire +time +eval +ping +info +scan +dbsize',
+        'ermission|ACL|run this': 'let its user do that: ACL SETUSER (name) ~(prefix)* +hget +del '
+        '+hset +hsetnx +hmget +hdel +type +pexpire +time +eval +ping +info +scan +dbsize',
         'Authentication': 'AUTH was refused: check user and password in the URL or the client',
         'OutOfMemory|OOM': 'raise maxmemory',
         'onnection refused|not known': 'start the server, or check host and port'}
-    _OPTION = (r'(db|protocol|max_connections|health_check_interval)=\d+'
-               r'|socket_(connect_)?timeout=(?=.*[1-9])\d*\.?\d+'
-               r'|(username|password|client_name|socket_keepalive|decode_responses|ssl_\w+)=.+')
 
     def __init__(self, client: Any = 'redis://localhost:6379/0',
                  prefix: str = 'bsession:') -> None:
         try:
             import redis
-            from redis.backoff import NoBackoff
-            from redis.retry import Retry
         except ImportError as error:
-            raise ImportError("redis URLs need the package 'redis': "
-                              "pip install 'redis[hiredis]'") from error
-        if not isinstance(prefix, str):
-            raise TypeError('prefix must be a str, not %s' % _kind(prefix))
-        self._redis, errors = redis, redis.exceptions
-        self._refusals = errors.ResponseError, errors.AuthenticationError, errors.BusyLoadingError
-        self._no_retries = {'retry': Retry(NoBackoff(), 0), 'retry_on_timeout': False,
-                            'retry_on_error': []}
-        # What the time-outs are where nobody has set one.
-        self._unset = [None, inspect.signature(redis.Redis).parameters['socket_timeout'].default]
+            raise ImportError("redis needs a package: pip install 'redis[hiredis]'") from error
+        _require(isinstance(prefix, str), 'prefix must be a str, not %s', _kind(prefix), TypeError)
         if isinstance(client, str):
-            self._unset.pop()
-            client = self._client(client)
-        if not isinstance(client, (redis.Redis, redis.RedisCluster)) \
-                or client.get_encoder().decode_responses:
-            raise ValueError('client must be a URL, or a redis.Redis or redis.RedisCluster that '
-                             'returns bytes: made without decode_responses=True')
+            _require(re.fullmatch(r'unix://[^#]+|(?!unix)\w+://[^/#]*(/\d*)?([?][^#]*)?', client),
+                     'redis URL: after the host comes /database, a number; in a password / is '
+                     'written %%2F and # %s', '%23')
+            try:  # redis-py says some of what is wrong only when it connects
+                client = redis.Redis.from_url(re.sub('^valkey', 'redis', client))
+                client.connection_pool.make_connection()
+            except Exception as error:
+                raise ValueError('This redis URL cannot be used: %s' % error) from error
+        _require(isinstance(client, (redis.Redis, redis.RedisCluster))
+                 and not client.get_encoder().decode_responses, 'client must be a URL, a redis.'
+                 'Redis or a RedisCluster, without decode_responses=True, not %s', _kind(client))
         self.client: Any = client
         self._prefix = prefix
         self._pool: Any = getattr(client, 'connection_pool', None)  # a cluster: one a node
-        self._free: list[Any] = []
-        self._left_locked: list[tuple[str, bytes]] = []
-        self._failures = 0
-        self._open_again = 0.0
-        self._policy_checked = False
-        self._calm_helpers()
+        self._refusal = redis.ResponseError
+        self._settings = self._calm(redis.retry.Retry(redis.backoff.NoBackoff(), 0))
+        self._free: list[tuple[float, Any]] = []
+        self._left_locked: deque[tuple[str, bytes]] = deque(maxlen=20)
+        self._silent_until = 0.0
         with suppress(StoreError):  # what is wrong is in the log early
-            self._ask('PING')
+            info = str(self._ask('INFO', 'memory'))
+            for policy in set(re.findall(r'maxmemory_policy\W+([\w-]+)', info)) - {'noeviction'}:
+                _log.warning('redis: maxmemory-policy %s loses sessions; use noeviction', policy)
 
     def load(self, name: str) -> bytes | None:
-        record: bytes | None = self._ask('HGET', self._prefix + name, 'r')
-        return record
+        return self._ask('HGET', self._prefix + name, 'r')  # type: ignore[no-any-return]
 
     def create(self, name: str, record: bytes, expires: float, durable: bool = False) -> bool:
-        return bool(self._run(self._CREATE, name, record, _ms(expires - time.time())))
+        return bool(self._run(self._CREATE, name, record, expires - time.time()))
 
     def replace(self, name: str, version: bytes, record: bytes, expires: float,
                 lock: Any = None, durable: bool = False) -> bytes | None:
-        reply = self._run(self._REPLACE, name, version, record, _ms(expires - time.time()),
-                          lock or b'')
-        if reply == 2:
-            raise SessionBusy()
-        return {0: None, 1: record}.get(reply, reply)
+        reply = self._run(self._REPLACE, name, lock or b'', version, record, expires - time.time())
+        return record if reply == 1 else reply
 
     def remove(self, name: str, version: bytes | None = None) -> bool:
         if version is None:
@@ -1201,197 +1166,105 @@ class RedisStore(Store):
 
     def lock(self, name: str) -> tuple[bytes, bytes] | None:
         token = os.urandom(12)
-        try:
-            reply = self._run(self._LOCK, name, token, self._LEASE)
-        except BaseException as error:
-            if getattr(error, 'maybe_done', True):
-                self._left_locked.append((name, token))
-            raise
-        if reply == 2:
-            raise SessionBusy()
-        return (token, reply) if reply else None
+        record = self._run(self._LOCK, name, token, self._LEASE)
+        return (token, record) if record else None
 
     def unlock(self, name: str, lock: bytes) -> None:
-        try:
-            self._run(self._UNLOCK, name, lock)
-        except BaseException:
-            self._left_locked.append((name, lock))
-            raise
+        self._run(self._UNLOCK, name, lock)
 
     def sweep(self, now: float, progress: Progress = None) -> tuple[int, int]:
+        if self._pool is None:  # a cluster: node by node
+            nodes = map(self.client.get_redis_connection, self.client.get_primaries())
+            return 0, sum(RedisStore(node, self._prefix).sweep(now, progress)[1] for node in nodes)
         pattern = re.sub(r'([][*?\\^-])', r'\\\1', self._prefix) + '?' * 64
-        stores = [self] if self._pool else [
-            RedisStore(self.client.get_redis_connection(node), self._prefix)
-            for node in self.client.get_primaries()]
-        left = 0
-        for number, store in enumerate(stores):
-            size, seen, cursor = store._ask('DBSIZE') or 1, 0, None
-            while cursor != b'0':
-                cursor, count = store._ask('EVAL', self._COUNT, 0, cursor or b'0', pattern)
-                left, seen = left + count, size if cursor == b'0' else seen + 1000
-                if progress:
-                    progress((number + min(1.0, seen / size)) / len(stores))
+        size, seen, left, cursor = self._ask('DBSIZE'), 0, 0, None
+        while cursor != b'0':
+            cursor, keys = self._ask('SCAN', cursor or 0, 'MATCH', pattern, 'COUNT', 1000)
+            left += sum((self._ask('HGET', key, 'r') or b'')[:1] == _SESSION for key in keys)
+            seen += 1000
+            if progress:
+                progress(min(1.0, seen / size) if cursor != b'0' else 1.0)
         return 0, left  # the server removes them
 
     def _run(self, script: str, name: str, *args: Any) -> Any:
-        reply = self._ask('EVAL', script, 1, self._prefix + name, *args)
-        if reply == 3:
-            _log.warning('session %s: a foreign lock is treated as absent', _public(name))
-            return self._run(script, name, *args)
+        try:
+            reply = self._ask('EVAL', script, 1, self._prefix + name, *args)
+        except BaseException:
+            if script in (self._LOCK, self._UNLOCK):  # nobody knows whether a lock is left
+                self._left_locked.append((name, args[0]))
+            raise
+        if reply == 2:
+            raise SessionBusy()
         return reply
 
     def _ask(self, *command: Any) -> Any:
-        """ Send a command, and after two failures in a row fail at once for a moment. """
-        start = time.monotonic()
-        if self._failures > 1:
-            if start < self._open_again:
-                raise StoreError()
-            self._open_again = start + self._PAUSE  # for all but this one, which tries
-        try:
-            reply = self._send(start, command)
-        except Exception as error:
-            reply = self._try_again(error, start, command)
-        self._failures = 0
-        while self._left_locked:
+        """ Send a command, once more if its connection was lost, and return the reply. """
+        start, maybe_done = time.monotonic(), False
+        if start < self._silent_until:
+            raise StoreError()
+        for again in True, False:
+            connection = None
+            try:
+                connection = self.client if self._pool is None else self._connection(start)
+                if connection is self.client:
+                    reply = connection.execute_command(*command)
+                else:
+                    connection.send_command(*command)
+                    reply = connection.read_response()
+                    self._free.append((start, connection))  # after an error it is dropped
+                break
+            except Exception as error:
+                self._free = []  # the others are lost, too, or lead to a master of yesterday
+                answered = isinstance(error, self._refusal)
+                maybe_done |= connection is not None and not answered
+                if time.monotonic() - start > self._SLOW and not answered:
+                    again, self._silent_until = False, time.monotonic() + self._PAUSE
+                if not again or answered and 'readonly' not in repr(error).lower():
+                    return self._fail(command[0], error, maybe_done)
+        if self._left_locked:
             with suppress(StoreError, IndexError):
-                name, lock = self._left_locked.pop()
-                self._run(self._UNLOCK, name, lock)
-        if not self._policy_checked:
-            self._check_policy()
+                self.unlock(*self._left_locked.pop())
         return reply
 
-    def _try_again(self, error: Exception, start: float, command: tuple[Any, ...]) -> Any:
-        """ Send a command once more if its connection was lost, not if it timed out. """
-        again, maybe_done = self._judge(error)
-        if again and time.monotonic() - start < self._SLOW:
-            try:
-                return self._send(start, command)
-            except Exception as second:
-                error, before = second, maybe_done
-                again, maybe_done = self._judge(error)
-                maybe_done |= before
+    def _fail(self, command: str, error: Exception, maybe_done: bool) -> None:
         text = '%s: %s' % (_kind(error), error)
         if 'WRONGTYPE' in text:
-            _log.warning('redis: a key is no session; it is treated as absent: %s', text)
-            return None
+            return _log.warning('redis: a key is no session and treated as absent: %s', text)
         for pattern, remedy in self._REMEDIES.items():
             text += '; ' + remedy if re.search(pattern, text) else ''
-        _log.error('redis: %s failed: %s', command[0], text)
-        now = time.monotonic()
-        self._failures += 2 if now - start > self._SLOW else 1
-        self._open_again = now + self._PAUSE
-        if isinstance(error, self._refusals):  # it does answer
-            self._failures = 0
+        _log.error('redis: %s failed: %s', command, text)
         failed = StoreError()
         failed.maybe_done = maybe_done
         raise failed from error
 
-    def _judge(self, error: Exception) -> tuple[bool, bool]:
-        """ Tell whether another connection may help, and whether the command may have
-            been executed. """
-        text = '%s: %s' % (_kind(error), error)
-        demoted = 'READONLY' in text or 'ReadOnly' in text or 'previous master' in text
-        lost = not isinstance(error, self._refusals)
-        if lost or demoted:
-            old, self._free = self._free, []
-            for connection in old[:]:
-                connection.disconnect()
-        return lost or demoted, lost and not demoted and getattr(
-            error, 'sent', 'onnecting to' not in text or 'Cluster' in text)
-
-    def _send(self, start: float, command: tuple[Any, ...]) -> Any:
-        """ Send a command over a connection that nobody else uses meanwhile. redis-py's
-            own pool costs three times as much. """
-        if self._pool is None:
-            return self.client.execute_command(*command)
-        connection, sent = None, False
-        try:
-            connection = self._take(start)
-            connection.send_command(*command)
-            sent = True
-            reply = connection.read_response()
-        except BaseException as error:
-            error.sent = sent  # type: ignore[attr-defined]
-            if connection:
-                connection.disconnect()
-            raise
-        connection.used = start
-        self._free.append(connection)
-        return reply
-
-    def _take(self, now: float) -> Any:
-        """ Return a connection that is free, else a new one. There are as many as requests
-            that are at the server at once: one for each thread would be a new one for
-            each request where that has a greenlet of its own. """
+    def _connection(self, now: float) -> Any:
+        """ Return one that nobody uses. redis-py's own pool costs three times as much. """
         with suppress(IndexError):
-            if self._free[0].used < now - self._IDLE:
-                self._free.pop(0).disconnect()
-            while True:
-                connection = self._free.pop()
-                if connection.used > now - self._IDLE and connection.pid == os.getpid():
-                    return connection
-                connection.disconnect()
-        settings = self._calm(dict(self._pool.connection_kwargs, **self._no_retries))
-        connection = self._pool.connection_class(**settings)
+            while self._free[0][0] < now - self._IDLE or self._free[0][1].pid != os.getpid():
+                self._free.pop(0)[1].disconnect()
+            return self._free.pop()[1]
+        connection = self._pool.connection_class(**self._settings)
         connection.connect()
         return connection
 
-    def _calm(self, settings: dict[str, Any], helpers: int = 0) -> dict[str, Any]:
-        """ Put in our time-outs where there are none; helpers are asked one by one. """
-        for option in 'socket_timeout', 'socket_connect_timeout':
-            if settings.get(option) in self._unset:
-                settings[option] = min(1.0, 1.8 / (1 + helpers))
-        return settings
-
-    def _calm_helpers(self) -> None:
-        """ The same for the clients that this one has: no tries but ours, and our time-outs. """
+    def _calm(self, retry: Any) -> dict[str, Any]:
+        """ Return how to connect: one try, and two seconds for all that are asked in turn. """
         if self._pool is None:
+            own: dict[str, Any] = self.client.nodes_manager.connection_kwargs
             helpers = [node.redis_connection for node in self.client.get_nodes()]
-            self._calm(self.client.nodes_manager.connection_kwargs, len(helpers))
             self.client.cluster_error_retry_attempts = 0  # redis-py 5 looks here
-            self.client.set_retry(self._no_retries['retry'])
+            self.client.set_retry(retry)
         else:
+            own = dict(self._pool.connection_kwargs, retry=retry)
             helpers = getattr(getattr(self._pool, 'sentinel_manager', None), 'sentinels', [])
-        for helper in filter(None, helpers):
-            settings = helper.connection_pool.connection_kwargs
-            settings.update(self._no_retries)
-            self._calm(settings, len(helpers))
-            helper.connection_pool.reset()
-
-    def _check_policy(self) -> None:
-        """ Warn of a server that would rather throw sessions away than be full. """
-        self._policy_checked = True
-        with suppress(StoreError):  # not allowed, say; it is in the log
-            info = str(self._ask('INFO', 'memory'))
-            for policy in set(re.findall(r'maxmemory_policy\W+([\w-]+)', info)) - {'noeviction'}:
-                _log.warning('redis has maxmemory-policy %s: it throws living sessions away when '
-                             'its memory is full; use noeviction', policy)
-
-    def _client(self, url: str) -> Any:
-        """ Return a client; ValueError says what is wrong, also where redis-py says it late. """
-        from urllib.parse import urlsplit
-        url = re.sub('^valkey', 'redis', url)
-        try:
-            parts = urlsplit(url)
-            path = '.+' if parts.scheme == 'unix' else r'/?\d*'
-            for what, text, right in [
-                    ('scheme', parts.scheme, 'rediss?|unix'), ('port', str(parts.port), '[^0].*'),
-                    ('path, which is the database,', parts.path, path), ('#', parts.fragment, ''),
-                    *((option.partition('=')[0], option, self._OPTION)
-                      for option in parts.query.split('&') if option)]:
-                if not re.fullmatch(right, text):
-                    raise ValueError('its %s is wrong (a / in a password is written %%2F, a # '
-                                     '%%23)' % what)
-            client = self._redis.Redis.from_url(url)
-            pool = client.connection_pool
-            pool.connection_class(**pool.connection_kwargs)  # it would tell of the rest later
-        except Exception as error:
-            raise ValueError('This redis URL cannot be used: %s' % error) from error
-        return client
-
-
-def _ms(seconds: float) -> int:
-    return max(1, int(seconds * 1000))
+        pools = [helper.connection_pool for helper in helpers if helper]
+        for settings in own, *(pool.connection_kwargs for pool in pools):
+            for option in 'socket_timeout', 'socket_connect_timeout':
+                settings[option] = min(settings.get(option) or 1, 1, 1.8 / (1 + len(helpers)))
+        for pool in pools:
+            pool.connection_kwargs['retry'] = retry
+            pool.reset()
+        return own
 
 
 def check_store(make_store: Callable[[], Store]) -> None:

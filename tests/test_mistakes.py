@@ -77,7 +77,7 @@ MISTAKES = {
         'AttributeError: session.owner cannot be set', 'session.login(owner)'),
     'redis that does not run': (
         "session = Session(SECRET, mode='redis://localhost:1/0')\nvisit(lambda: session.get('n'))",
-        'redis: PING failed', 'start the server, or check host and port'),
+        'redis: INFO failed', 'start the server, or check host and port'),
     'a directory that is a file': (
         "open('sessions', 'w')\nSession(SECRET, mode='file')", 'is not a directory',
         'sessions_dir'),

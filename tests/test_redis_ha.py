@@ -179,7 +179,7 @@ def test_sentinels_that_do_not_answer_are_503_in_time(start_redis, tmp_path_fact
             assert reading(session, cookie) == JOE  # who has a connection does not ask them
             server.kill()
         assert_refused_in_time(lambda: within(session.copy, cookie))
-        session.store._failures = 0  # ask, and do not fail at once
+        session.store._silent_until = 0  # ask, and do not fail at once
     for one in sentinels:
         one.stop()
 
@@ -263,7 +263,7 @@ def test_a_cluster_that_is_down_is_503_in_time(cluster):
             server.signal(trouble)
         for use in USAGES[:2]:
             assert_refused_in_time(lambda: use(session, cookie))
-            session.store._failures = 0  # ask, and do not fail at once
+            session.store._silent_until = 0  # ask, and do not fail at once
         if trouble == signal.SIGSTOP:
             for server in cluster:
                 server.signal(signal.SIGCONT)
