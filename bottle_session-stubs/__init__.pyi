@@ -20,6 +20,7 @@ class StoreError(_Unavailable):
 
 class Store:
     keeps_objects: bool
+    clock: Callable[[], float]
     def load(self, name: str) -> bytes | None: ...
     def create(self, name: str, record: bytes, expires: float, durable: bool = False) -> bool: ...
     def replace(self, name: str, version: bytes, record: bytes, expires: float,
