@@ -622,7 +622,6 @@ class FileStore(Store):
         self.directory = os.path.abspath(os.fspath(directory))
         if os.path.lexists(self.directory) and not os.path.isdir(self.directory):
             raise ValueError('sessions_dir=%r is not a directory' % self.directory)
-        self._prefix = self.directory + os.sep
         self._cleaner = self._swept(lambda: self.clock())
         self._cleaned = 0.0
 
@@ -671,7 +670,7 @@ class FileStore(Store):
         try:
             file = lock or _File(path)
             try:
-                if lock and not lock.size():
+                if lock and not lock.check():  # Windows ended it in place
                     return None
                 if file.record[:_VERSION] != version:
                     return bytes(file.record)
@@ -717,13 +716,13 @@ class FileStore(Store):
         lock.close()
 
     def sweep(self, now: float, progress: Progress = None) -> tuple[int, int]:
-        went = [removed for kind, removed in self._swept(lambda: now, progress) if kind == _SESSION]
+        went = [gone for kind, gone in self._swept(lambda: now, progress) if kind == _SESSION]
         return sum(went), len(went) - sum(went)
 
     def _path(self, name: str) -> str:
         if fcntl is None:
             _claim(self.directory)  # type: ignore[unreachable]
-        return '%s%s/%s' % (self._prefix, name[:2], name[2:])
+        return '%s/%s/%s' % (self.directory, name[:2], name[2:])
 
     def _swept(self, clock: Callable[[], float], progress: Progress = None
                ) -> Iterator[tuple[bytes, bool]]:
@@ -763,12 +762,11 @@ class _File:
     longer = False           # than a page
 
     def __init__(self, path: str, new: bool = False) -> None:
-        """ Raise FileNotFoundError without a record, or, where it is to be a `new` file,
-            FileExistsError with one; SessionBusy if somebody else has the lock. """
+        """ Raise FileNotFoundError without a record, or FileExistsError if it was to be new. """
         self.fd = os.open(path, _WRITING | os.O_CREAT if new else _WRITING, 0o600)
         try:
             _flock(self.fd, _LOCK)
-            if new and not self.size():
+            if new and not self.check():
                 return
             page = _pread(self.fd, _PAGE + 1, 0)
             record, self.current, _ = _newest(self.fd, page)
@@ -783,22 +781,21 @@ class _File:
                 raise SessionBusy() from None
             raise
 
-    def size(self) -> int:
-        """ Return the size of the file, if it is still there; 0 if Windows ended it in place.
-            See that nobody else reads a new one, whatever the umask. """
+    def check(self) -> int:
+        """ Return the size of a plain file that is still there, and, if new, for us alone. """
         state = os.fstat(self.fd)
         if not stat.S_ISREG(state.st_mode):
             raise OSError(errno.ENXIO, 'No plain file')
         if not state.st_nlink:
             raise FileNotFoundError(errno.ENOENT, 'It was removed meanwhile')
-        if not self.record and stat.S_IMODE(state.st_mode) != 0o600:
+        if not self.record and stat.S_IMODE(state.st_mode) != 0o600:  # the umask
             _chmod(self.fd, 0o600)
         return state.st_size
 
     def save(self, record: bytes, expires: float) -> None:
         """ Write the record into the slot that is not current, or behind the page. """
         at, number, taken, length = self.current
-        at, end = _ONE + _TWO - at, max(_PAGE, taken + length)
+        at = _ONE + _TWO - at  # the other one
         offset, inside = at + _SLOT.size, record
         try:
             if len(record) > _SMALL:
@@ -810,9 +807,9 @@ class _File:
             else:
                 self._write((_MAGIC + slot).ljust(_PAGE, b'\0'), 0)
             self.record, self.current = record, (at, number + 1, offset, len(record))
-            end = max(end, offset + len(record))
         finally:
             if self.longer:  # give back what neither slot needs, also if the disk is full
+                end = max(_PAGE, taken + length, sum(self.current[2:]))
                 os.ftruncate(self.fd, end)
                 self.longer = end > _PAGE
 
@@ -864,9 +861,8 @@ def _make_directory(path: str) -> None:
 
 
 def _newest(fd: int, page: bytes) -> tuple[bytes | None, tuple[int, int, int, int], bool]:
-    """ Return the newest whole record, its slot (with the number, and the record's offset and
-        length), and whether a newer slot is torn. Without any, the record is None if the file
-        was never finished, else b''. """
+    """ Return the newest whole record (None in an unfinished file, b'' if all are damaged), its
+        slot as in `_File.current`, and whether that of a newer record is torn. """
     if len(page) >= _PAGE and page.startswith(_MAGIC):
         newer = _TWO if page[_NUMBER_TWO] > page[_NUMBER_ONE] else _ONE
         for at in newer, _ONE + _TWO - newer:
@@ -879,8 +875,7 @@ def _newest(fd: int, page: bytes) -> tuple[bytes | None, tuple[int, int, int, in
 
 
 def _remove_if_expired(path: str, now: float) -> tuple[bytes, bool]:
-    """ Remove the file if it has expired, or if it never became one; return the kind
-        of its record, and whether it went. """
+    """ Remove an expired or unfinished file; return its record's kind, and whether it went. """
     kind = b''
     with suppress(OSError):  # somebody else's, in use, or gone meanwhile
         fd = os.open(path, _WRITING)
@@ -900,8 +895,7 @@ def _remove_if_expired(path: str, now: float) -> tuple[bytes, bool]:
 
 
 def _kind_and_end(fd: int) -> tuple[bytes, float]:
-    """ Return the kind of a file's record and when it expires. Both are unproven, and
-        believed for cleaning only. """
+    """ Return the record's kind and end, unproven: they are believed for cleaning only. """
     page = _pread(fd, _PAGE, 0)
     if page[:_ONE] != _MAGIC[:len(page)]:
         return b'', math.inf  # not ours
@@ -1005,12 +999,12 @@ else:  # Windows: a directory is for one process, and its locks are in a dict
     def _unlink(path: str, fd: int | None) -> None:
         # What is open cannot be removed: it is ended in place (an empty file is no session)
         # and goes now, or by a later sweep if others have it open.
-        ended = os.open(path, _WRITING) if fd is None else fd
+        ended = os.open(path, _WRITING)
         os.ftruncate(ended, 0)
         os.fsync(ended)
-        os.dup2(_nowhere, ended, False)  # closes the file, but keeps the lock
-        if fd is None:
-            os.close(ended)
+        os.close(ended)
+        if fd is not None:
+            os.dup2(_nowhere, fd, False)  # closes the file, but keeps the lock
         with suppress(PermissionError):
             os.unlink(path)
 
@@ -1229,23 +1223,20 @@ def check_store(make_store: Callable[[], Store]) -> None:
     store, other, later = make_store(), make_store(), time.time() + 60
     name = hashlib.sha256(os.urandom(16)).hexdigest()
     one, two, big = (_SESSION + os.urandom(40) + b'\0record' * size for size in (1, 2, 100000))
-
-    def save(store: Store, old: bytes, new: bytes, lock: Any = None) -> bytes | None:
-        return store.replace(name, old[:_VERSION], new, later, lock, True)
+    old, new = one[:_VERSION], two[:_VERSION]
 
     assert store.load(name) is None, 'load() returns None for an unknown name'
-    assert save(store, one, two) is None, 'replace() never creates'
+    assert store.replace(name, old, two, later) is None, 'replace() never creates'
     assert store.lock(name) is None, 'lock() returns None for an unknown name'
     assert not store.remove(name), 'remove() tells that there was nothing'
     assert store.create(name, one, later, True), 'create() stores, and nothing of that did'
     assert not other.create(name, two, later), 'create() never overwrites'
     assert other.load(name) == one, 'load() returns the bytes that were stored'
-    assert save(store, one, two) == two, 'replace() stores'
-    assert save(other, one, big) == two, 'replace() of another version returns what is stored'
-    assert save(other, two, big) == big == store.load(name), 'records may grow'
-    _check_locks(store, other, name, save, one, two, big)
-
-    assert store.create(name, one, later) and store.remove(name, one[:_VERSION]), 'it was there'
+    assert store.replace(name, old, two, later, None, True) == two, 'replace() stores'
+    assert other.replace(name, old, big, later) == two, 'replace() returns a newer record'
+    assert other.replace(name, new, big, later) == big == store.load(name), 'records may grow'
+    assert not store.remove(name, new), 'remove() with another version does nothing'
+    assert store.remove(name, big[:_VERSION]), 'remove() tells that it was there'
     assert store.create(name, one, time.time() + 0.05), 'remove() frees the name'
     time.sleep(0.06)
     store.sweep(time.time())
@@ -1253,55 +1244,44 @@ def check_store(make_store: Callable[[], Store]) -> None:
     assert other.create(name, one, later), 'sweep() frees the name'
     went, left = store.sweep(time.time())
     assert went == 0 < left and store.load(name) == one, 'sweep() keeps and counts the others'
-    _check_races(store, other, name, one, later)
+    _check_together(store, other, name, one, later)
 
 
-def _check_locks(store: Store, other: Store, name: str, save: Callable[..., bytes | None],
-                 one: bytes, two: bytes, big: bytes) -> None:
-    """ Check what a lock keeps out, and what not; the record is `big`, and gone at the end. """
-    lock, record = store.lock(name) or (None, None)
-    assert record == big == other.load(name), 'lock() returns the record, load() ignores locks'
-    for act in lambda: other.lock(name), lambda: save(other, big, one):
+def _check_together(store: Store, other: Store, name: str, one: bytes, later: float) -> None:
+    """ Check what locks keep out, and threads at once; `one` is stored, and gone at the end. """
+    from concurrent.futures import ThreadPoolExecutor
+    records = [_SESSION + os.urandom(60) * 50 for _ in range(8)]
+    old, two = one[:_VERSION], records[0]
+
+    def unless_busy(act: Callable[..., Any], *args: Any) -> Any:
         try:
-            act()
+            return act(*args)
         except SessionBusy:
-            continue
-        raise AssertionError('lock() keeps others out: SessionBusy at once')
-    assert save(store, big, one, lock) == one, 'the holder may save'
-    store.unlock(name, lock)
-    assert save(other, one, two) == two, 'unlock() lets others save'
-    assert not store.remove(name, one[:_VERSION]), 'remove() with another version does nothing'
+            return 'busy'
+
     lock, record = store.lock(name) or (None, None)
-    assert record == two and other.remove(name), 'remove() ignores locks'
-    assert save(store, two, one, lock) is None, 'what was removed is gone'
+    assert record == one == other.load(name), 'lock() returns the record, load() ignores locks'
+    busy = [unless_busy(other.lock, name), unless_busy(other.replace, name, old, two, later)]
+    assert busy == ['busy', 'busy'], 'lock() keeps others out: SessionBusy at once'
+    assert store.replace(name, old, two, later, lock) == two, 'the holder may save'
+    store.unlock(name, lock)
+    assert other.replace(name, two[:_VERSION], one, later) == one, 'unlock() lets others save'
+    lock, record = store.lock(name) or (None, None)
+    assert record == one and other.remove(name), 'remove() ignores locks'
+    assert store.replace(name, old, two, later, lock) is None, 'what was removed is gone'
     store.unlock(name, lock)
 
-
-def _check_races(store: Store, other: Store, name: str, one: bytes, later: float) -> None:
-    """ Check what several threads do at once. """
-    def race(act: Callable[[bytes], Any]) -> list[Any]:
-        results = []
-
-        def run() -> None:
-            new = _SESSION + os.urandom(60) * 50
-            with suppress(SessionBusy):  # another is at it: right, too
-                results.append((new, act(new)))
-
-        threads = [threading.Thread(target=run) for _ in range(8)]
-        for step in threading.Thread.start, threading.Thread.join:
-            for thread in threads:
-                step(thread)
-        return results
-
-    saves = race(lambda new: store.replace(name, one[:_VERSION], new, later) == new)
-    assert [done for _, done in saves].count(True) == 1, 'of several replace() one wins'
-    for _ in range(20):
-        assert store.remove(name)
-        made = race(lambda new: (store.create(name, new, later), other.load(name)))
-        whole = {None, *(new for new, _ in made)}
-        assert sum(done[0] for _, done in made) == 1, 'of several create() one wins'
-        assert all(seen in whole for _, (_, seen) in made), 'a record is absent or whole'
-    assert store.remove(name)
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            made = list(pool.map(lambda new: (
+                unless_busy(store.create, name, new, later) is True, other.load(name)), records))
+            assert sum(done for done, _ in made) == 1, 'of several create() one wins'
+            assert {seen for _, seen in made} <= {None, *records}, 'a record is absent or whole'
+            assert store.remove(name) and store.create(name, one, later)
+            saved = pool.map(lambda new: unless_busy(
+                other.replace, name, old, new, later) == new, records)
+            assert sum(saved) == 1, 'of several replace() one wins'
+            assert store.remove(name)
 
 
 ###############################################################################
