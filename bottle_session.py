@@ -394,6 +394,8 @@ def _kind_of(record: Any) -> bytes:
 # What is never changed inside, and the part of it in which equal means the same.
 _PLAIN = frozenset((str, int, float, bool, bytes, type(None), complex, datetime, date, timedelta))
 _ATOMS = frozenset((str, int, bool, bytes, type(None)))
+#: What the memory mode compares by value; other objects are the same or not.
+_COMPARED = _PLAIN | {list, tuple, dict, set, frozenset}
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -1690,6 +1692,8 @@ class _Visit:
         if type(key) is not str and not all(any(_same(key, one) for one in keys)
                                             for keys in (self.data, self.stored())):
             return True  # True has taken the place of 1
+        if self.session._seal.keeps_values and type(new) not in _COMPARED:
+            return new is not old
         if type(old) in _PLAIN or self.session._seal.keeps_values:
             return not _same(old, new)
         # The old value may have been changed inside: see what is stored.
@@ -1756,7 +1760,9 @@ class _Visit:
             return True
         lives = True
         while payload is not None:
-            done, stored = self._put(self._renewed_head(), payload, self.session.lock_timeout)
+            renew = self.options or self.due and not self.request.sent
+            done, stored = self._put(self._next_head() if renew else self.head, payload,
+                                     self.session.lock_timeout)
             if done:
                 self._settle()
                 return True
@@ -1847,11 +1853,6 @@ class _Visit:
         self.ended, self.moved, self.id = True, False, None
         self.head, self.payload, self.parsed = _NO_HEAD, None, None
         return False
-
-    def _renewed_head(self) -> _Head:
-        """ Return the head for the next save: another one if there is news. """
-        due = self.due and not self.request.sent
-        return self._next_head() if due or self.options else self.head
 
     def _next_head(self, owner: str | None = None) -> _Head:
         """ Return a head that records this use, and mends what a wrong clock left. """
@@ -2446,8 +2447,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def update(self, /, *args: Any, **kwargs: Any) -> None:
         visit, new = self._visit(), dict(*args, **kwargs)
         data = visit.load()
-        for key in new:
-            visit.touched.setdefault(key, data.get(key, _MISSING))
+        old = {key: data.get(key, _MISSING) for key in new}
+        visit.touched = {**old, **visit.touched}
         data.update(new)
 
     def __ior__(self, other: Any) -> Session:  # type: ignore[misc]
