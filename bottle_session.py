@@ -1373,7 +1373,7 @@ _DAY = 86400.0
 _MONTH = 31 * _DAY  # that a clock may be wrong for a while
 _MARK = 60.0        # seconds that a moved id reads as empty
 _BLOCK = 3600.0     # seconds after which a log-in that began has ended, or its process
-_MISSING = object()
+_MISSING, _DONE = object(), object()
 
 Login = namedtuple('Login', 'id created used note here')
 #: What a list says of a session; times in seconds since the epoch.
@@ -1532,8 +1532,17 @@ class _Owners:
 
 #: Who waits for the lock of a session in this process, in order of arrival.
 _queues: dict[str, list[object]] = {}
+_process = object()  # another one in each child
+
+
+def _begin_process() -> None:
+    global _process
+    _process = object()
+    _queues.clear()
+
+
 if hasattr(os, 'register_at_fork'):
-    os.register_at_fork(after_in_child=_queues.clear)
+    os.register_at_fork(after_in_child=_begin_process)
 
 
 def _patiently(seconds: float | None, name: str, attempt: Callable[..., Any], *args: Any) -> Any:
@@ -1610,7 +1619,7 @@ class _Visit:
     depth = 0                           # of `with` blocks
     watched = False                     # nothing saves it by itself
     snapshot: tuple[Any, Any] = None, options  # what a failed block goes back to
-    held: tuple[str, Any, int] | None = None   # name, the store's lock, process
+    held: tuple[str, Any, Any] | None = None   # name, the store's lock, process
 
     def __init__(self, session: Session, request: _Request) -> None:
         self.session, self.request = session, request
@@ -1675,6 +1684,7 @@ class _Visit:
     def changes(self) -> list[Any]:
         """ Return the keys whose values differ from what is stored. """
         touched, data, changed = self.touched, self.data, []
+        self.fresh = _Visit.forms
         if self.open:
             touched = {**dict.fromkeys(data, _MISSING), **touched}
         for key, old in touched.items():
@@ -1758,46 +1768,49 @@ class _Visit:
         if not self.id:
             self._become(*self._create(payload, self._next_head()))
             return True
-        lives = True
-        while payload is not None:
+        while True:
             renew = self.options or self.due and not self.request.sent
-            done, stored = self._put(self._next_head() if renew else self.head, payload,
-                                     self.session.lock_timeout)
-            if done:
+            stored = self._put(self._next_head() if renew else self.head, payload,
+                               self.session.lock_timeout)
+            if stored is _DONE:
                 self._settle()
                 return True
             if self.held and stored:
                 _log.warning('session %s: its lock was lost to another request, the changes of '
                              'both are merged', _public(self.name))
-            lives = self._absorb(stored)
-            payload = self.pending() if lives else None  # None: the other one wrote the same
-        return not lives and self._lose()
+            if not self._absorb(stored):
+                return self._lose()
+            payload = self.pending()
+            if payload is None:  # the other one wrote the same
+                return False
 
-    def _put(self, head: _Head, payload: Any, seconds: float | None) -> tuple[bool, Any]:
-        """ Store this version, unless another one is stored by now or it has expired; return
-            whether that is done, and what is stored. """
-        session, name, before = self.session, self.name, self.expires
-        if session.clock() >= before:
-            return False, session.store.load(name)
+    def _put(self, head: _Head, payload: Any, seconds: float | None) -> Any:
+        """ Store this version and return _DONE; or return what is stored if that is another
+            one by now, or if it has expired. """
+        session, name, expires = self.session, self.name, self.expires
+        if session.clock() >= expires:
+            return session.store.load(name)
         renewed = head is not self.head
-        expires = session._expires(head) if renewed else before
-        record = session._seal.seal(_SESSION, self.id or '', head, payload)
         listed = head.owner and (renewed or self.older)
+        if renewed:
+            expires = session._expires(head)
         if listed:  # never for less than either version
-            self._list(head, max(expires, before))
+            self._list(head, max(expires, self.expires))
+        record = session._seal.seal(_SESSION, self.id or '', head, payload)
         stored = _patiently(seconds, '', session.store.replace, name, self.record[:_VERSION],
                             record, expires, self.held and self._lock())
-        if stored is None or stored != record:
+        if stored != record:
             if listed and _kind_of(stored) != _SESSION:
                 session._owners.leave(head.owner, name)
-            return False, stored
-        self.record, self.head, self.payload, self.older = record, head, payload, False
-        self.expires = expires
-        if listed and expires < before:
-            self._list(head, expires)
-        if renewed and not self.request.sent:
-            self._tell()
-        return True, record
+            return stored
+        self.record, self.payload, self.older = record, payload, False
+        if renewed:
+            before, self.head, self.expires = self.expires, head, expires
+            if listed and expires < before:
+                self._list(head, expires)
+            if not self.request.sent:
+                self._tell()
+        return _DONE
 
     def _list(self, head: _Head, expires: float) -> None:
         self.session._owners.enter(head.owner, self.name, _Entry(None, head.used, expires, None),
@@ -1806,16 +1819,16 @@ class _Visit:
     def _settle(self) -> None:
         """ Note what is stored. Values that can be changed inside may still be in
             somebody's hands, and a thread of the route may have set a key meanwhile. """
-        data, (saved, parsed, forms) = self.data, self.dumped
-        keeps = self.session._seal.keeps_values
+        saved, self.parsed, self.forms = self.dumped
+        data, keeps = self.data, self.session._seal.keeps_values
         touched = dict(saved) if self.open else {}
         for key in self.touched:
             value = saved.get(key, _MISSING)
             if type(value) not in _PLAIN and not keeps or value is not data.get(key, _MISSING):
                 touched[key] = value
-        self.touched, self.parsed, self.due, self.options = touched, parsed, False, {}
-        self.forms = self.fresh = forms
-        self.snapshot = self.payload, {}
+        self.touched, self.due, self.options = touched, False, _Visit.options
+        if self.depth:
+            self.snapshot = self.payload, self.options
 
     def _absorb(self, record: Any) -> bool:
         """ Take over what is stored by now, beneath the changes of this request; tell
@@ -2005,13 +2018,13 @@ class _Visit:
     def _lock(self) -> Any:
         """ Return what `Store.lock` gave. A forked child does not have its parent's. """
         held = self.held
-        return held[1] if held and held[0] == self.name and held[2] == os.getpid() else None
+        return held[1] if held and held[0] == self.name and held[2] is _process else None
 
     def let_go(self) -> None:
         if self.held:
             (name, lock, process), self.held = self.held, None
             try:
-                if process == os.getpid():
+                if process is _process:
                     self.session.store.unlock(name, lock)
             except StoreError as error:
                 _log.warning('session %s: its lock ends by itself, it could not be released: %s',
@@ -2019,12 +2032,11 @@ class _Visit:
 
     def _locked(self, name: str) -> Any:
         """ Take the session's lock; return what is stored, or None if it is gone. """
-        def take() -> Any:
-            got = self.session.store.lock(name)
-            if got:
-                self.held = name, got[0], os.getpid()
-            return got and got[1]
-        return _patiently(self.session.lock_timeout, name, take)
+        got = _patiently(self.session.lock_timeout, name, self.session.store.lock, name)
+        if got is None:
+            return None
+        self.held = name, got[0], _process
+        return got[1]
 
     def enter(self) -> None:
         """ Begin a `with` block: take the lock and read the newest data. """
@@ -2703,8 +2715,7 @@ class _Request:
                 visit.warn_if_changed()
             if visit.held:
                 visit.let_go()
-        self.visits = {}
-        self.environ = {}
+        self.visits, self.environ = {}, {}
 
 
 _current = ContextVar('bottle_session.request', default=_Request())
