@@ -360,6 +360,10 @@ class _Seal:
             raise _Unreadable('holds no dict')
         return data
 
+    def same(self, one: Any, other: Any) -> bool:
+        """ Tell whether two values are equal. """
+        return _same(one, other)
+
 
 def _derive(master: Any, data: bytes) -> bytes:
     """ Return a keyed hash (BLAKE2b, RFC 7693), continued with these data. """
@@ -383,6 +387,9 @@ class _Keeper(_Seal):
 
     def open(self, id: str, record: Any) -> tuple[bytes, _Head, Any, bool]:
         return record[0], record[2], record[3], False
+
+    def same(self, one: Any, other: Any) -> bool:
+        return one is other or type(one) in _COMPARED and _same(one, other)
 
 
 def _kind_of(record: Any) -> bytes:
@@ -1702,10 +1709,8 @@ class _Visit:
         if type(key) is not str and not all(any(_same(key, one) for one in keys)
                                             for keys in (self.data, self.stored())):
             return True  # True has taken the place of 1
-        if self.session._seal.keeps_values and type(new) not in _COMPARED:
-            return new is not old
         if type(old) in _PLAIN or self.session._seal.keeps_values:
-            return not _same(old, new)
+            return not self.session._seal.same(old, new)
         # The old value may have been changed inside: see what is stored.
         form = self.forms.get(key) or _canonical(self.stored().get(key))
         self.fresh = {**self.fresh, key: _canonical(new)}
@@ -1836,18 +1841,18 @@ class _Visit:
         if record and record == self.record:
             return self.session.clock() < self.expires
         data, old, changed = self.data, self.stored(), set(self.changes())
-        newest = self._open(self.id or '', self.name, record)
+        newest, same = self._open(self.id or '', self.name, record), self.session._seal.same
         if newest is None:
             return False
         for key in {**old, **newest}:
             was, new = old.get(key, _MISSING), newest.get(key, _MISSING)
-            if _same(was, new):
+            if same(was, new):
                 continue
             if key not in changed:
                 data[key] = new
                 if new is _MISSING:
                     del data[key]
-            elif not _same(data.get(key, _MISSING), new):
+            elif not same(data.get(key, _MISSING), new):
                 _log.warning('session %s: two requests changed %r at once, and the later one '
                              'won: use "with session:" where the new value depends on the old '
                              'one', _public(self.name), key)
@@ -2669,7 +2674,7 @@ class _Request:
     def start(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
         """ Save what is to be saved, and send the headers with ours. """
         if self.visits:
-            if exc_info and not self.crashed:  # an error handler did
+            if exc_info and sys.exc_info()[1] is exc_info[1]:  # an error handler crashed
                 self.crash()
             try:
                 self.finish(not self.crashed and not (self.failed and status[:3] == '503'))
