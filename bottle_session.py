@@ -1380,7 +1380,7 @@ _DAY = 86400.0
 _MONTH = 31 * _DAY  # that a clock may be wrong for a while
 _MARK = 60.0        # seconds that a moved id reads as empty
 _BLOCK = 3600.0     # seconds after which a log-in that began has ended, or its process
-_MISSING, _DONE = object(), object()
+_MISSING = object()
 
 Login = namedtuple('Login', 'id created used note here')
 #: What a list says of a session; times in seconds since the epoch.
@@ -1685,7 +1685,8 @@ class _Visit:
     def hand_out(self) -> dict[Any, Any]:
         """ Return the data themselves, for any change. """
         data = self.load()
-        self.touched, self.open = {**data, **self.touched}, True
+        if not self.open:
+            self.touched, self.open = {**data, **self.touched}, True
         return data
 
     def changes(self) -> list[Any]:
@@ -1774,10 +1775,8 @@ class _Visit:
             self._become(*self._create(payload, self._next_head()))
             return True
         while True:
-            renew = self.options or self.due and not self.request.sent
-            stored = self._put(self._next_head() if renew else self.head, payload,
-                               self.session.lock_timeout)
-            if stored is _DONE:
+            stored = self._put(payload, self.session.lock_timeout)
+            if stored is self.record:
                 self._settle()
                 return True
             if self.held and stored:
@@ -1789,16 +1788,18 @@ class _Visit:
             if payload is None:  # the other one wrote the same
                 return False
 
-    def _put(self, head: _Head, payload: Any, seconds: float | None) -> Any:
-        """ Store this version and return _DONE; or return what is stored if that is another
-            one by now, or if it has expired. """
-        session, name, expires = self.session, self.name, self.expires
+    def _put(self, payload: Any, seconds: float | None) -> Any:
+        """ Store these data and return their record; or what is stored by now, if another
+            request stored it; or None if the session has ended. """
+        session, name, head, expires = self.session, self.name, self.head, self.expires
         if session.clock() >= expires:
-            return session.store.load(name)
-        renewed = head is not self.head
-        listed = head.owner and (renewed or self.older)
+            record = session.store.load(name)
+            return None if record == self.record else record
+        renewed = bool(self.options) or self.due and not self.request.sent
         if renewed:
+            head = self._next_head()
             expires = session._expires(head)
+        listed = head.owner and (renewed or self.older)
         if listed:  # never for less than either version
             self._list(head, max(expires, self.expires))
         record = session._seal.seal(_SESSION, self.id or '', head, payload)
@@ -1815,7 +1816,7 @@ class _Visit:
                 self._list(head, expires)
             if not self.request.sent:
                 self._tell()
-        return _DONE
+        return record
 
     def _list(self, head: _Head, expires: float) -> None:
         self.session._owners.enter(head.owner, self.name, _Entry(None, head.used, expires, None),
@@ -1860,7 +1861,7 @@ class _Visit:
             _log.info('session %s: merged with a save of another request', _public(self.name))
         touched = {**newest, **self.touched} if self.open else self.touched
         self.touched = {key: newest.get(key, _MISSING) for key in touched}
-        self.parsed, self.forms = newest, {}
+        self.parsed, self.forms = None, {}  # the values of `newest` are in use now
         return True
 
     def _lose(self) -> bool:
@@ -1883,13 +1884,13 @@ class _Visit:
     def _record_use(self) -> None:
         """ Store the time of this use. What prevents it is logged, not raised, and nobody
             is waited for: a later request does it. """
-        options, self.options, self.due = self.options, {}, False
+        options, self.options = self.options, {}
         try:
-            self._put(self._next_head(), self.payload, None)
+            self._put(self.payload, None)
         except _Unavailable as error:
             _log.warning('session %s: its use could not be recorded: %s',
                          _public(self.name), error)
-        self.options = options
+        self.options, self.due = options, False
 
     # New ids, and the end
 
