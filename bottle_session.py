@@ -1381,6 +1381,7 @@ _MONTH = 31 * _DAY  # that a clock may be wrong for a while
 _MARK = 60.0        # seconds that a moved id reads as empty
 _BLOCK = 3600.0     # seconds after which a log-in that began has ended, or its process
 _MISSING = object()
+_NOTHING: dict[Any, Any] = {}  # never changed
 
 Login = namedtuple('Login', 'id created used note here')
 #: What a list says of a session; times in seconds since the epoch.
@@ -1602,35 +1603,37 @@ class _Visit:
         out and can be changed inside.
     """
 
-    # Most requests change few of these, so the class holds the values at first.
-    data: Any = None                    # a dict; None: not asked for yet
-    id: str | None = None               # of the stored session
-    name = ''                           # in the store
-    record: Any = None                  # as it is stored
-    head = _NO_HEAD
-    payload: Any = None
-    older = False                       # an older secret sealed it
-    expires = 0.0                       # if it is not used any more
-    due = False                         # this use is to be recorded
-    options: dict[str, float] = {}      # what the head is to say instead
-    open = False                        # the whole dict was handed out: keys may be added
-    parsed: dict[Any, Any] | None = None  # the payload, loaded once more
-    forms: dict[Any, bytes] = {}        # canonical, of values that are stored
-    fresh = forms                       # and of the same as they are now
-    dumped: tuple[Any, ...] = {}, None, {}  # data, parsed and forms of what is being saved
-    ended = False                       # by another request: nothing can be stored
-    moved = False                       # the browser sent an id that has just got a new one
-    born = False                        # the id was made in this request
-    cookie: str | None = None           # what to tell the browser
-    why = 'the browser sent no cookie of ours'
-    depth = 0                           # of `with` blocks
-    watched = False                     # nothing saves it by itself
-    snapshot: tuple[Any, Any] = None, options  # what a failed block goes back to
-    held: tuple[str, Any, Any] | None = None   # name, the store's lock, process
+    __slots__ = ('session', 'request', 'data', 'id', 'name', 'record', 'head', 'payload', 'older',
+                 'expires', 'due', 'options', 'touched', 'open', 'parsed', 'forms', 'fresh',
+                 'dumped', 'ended', 'moved', 'born', 'cookie', 'why', 'watched', 'depth',
+                 'snapshot', 'held')
 
     def __init__(self, session: Session, request: _Request) -> None:
         self.session, self.request = session, request
+        self.data: Any = None       # a dict; None: not asked for yet
+        self.id: str | None = None  # of the stored session
+        self.name = ''              # in the store
+        self.record: Any = None     # as it is stored
+        self.head = _NO_HEAD
+        self.payload: Any = None
+        self.older = False          # an older secret sealed it
+        self.expires = 0.0          # if it is not used any more
+        self.due = False            # this use is to be recorded
+        self.options = _NOTHING     # what the head is to say instead
         self.touched: dict[Any, Any] = {}
+        self.open = False           # the whole dict was handed out: keys may be added
+        self.parsed: dict[Any, Any] | None = None  # the payload, loaded once more
+        self.forms = self.fresh = _NOTHING  # canonical, of what is stored and what is now
+        self.dumped: tuple[Any, ...] = _NOTHING, None, _NOTHING  # data, parsed, forms to store
+        self.ended = False          # by another request: nothing can be stored
+        self.moved = False          # the browser sent an id that has just got a new one
+        self.born = False           # the id was made in this request
+        self.cookie: str | None = None  # what to tell the browser
+        self.why = 'the browser sent no cookie of ours'
+        self.watched = False        # nothing saves it by itself
+        self.depth = 0              # of `with` blocks
+        self.snapshot: Any = None   # data and options that a failed block goes back to
+        self.held: Any = None       # name, the store's lock, process
 
     # Loading, and what changed since
 
@@ -1692,7 +1695,7 @@ class _Visit:
     def changes(self) -> list[Any]:
         """ Return the keys whose values differ from what is stored. """
         touched, data, changed = self.touched, self.data, []
-        self.fresh = _Visit.forms
+        self.fresh = _NOTHING
         if self.open:
             touched = {**dict.fromkeys(data, _MISSING), **touched}
         for key, old in touched.items():
@@ -1832,7 +1835,7 @@ class _Visit:
             value = saved.get(key, _MISSING)
             if type(value) not in _PLAIN and not keeps or value is not data.get(key, _MISSING):
                 touched[key] = value
-        self.touched, self.due, self.options = touched, False, _Visit.options
+        self.touched, self.due, self.options = touched, False, _NOTHING
         if self.depth:
             self.snapshot = self.payload, self.options
 
@@ -1996,7 +1999,7 @@ class _Visit:
         self.ended = self.moved = self.older = self.born = False
         self.head, self.payload, self.data = _NO_HEAD, None, {} if self.data is None else self.data
         self.data.clear()
-        self.dumped = _Visit.dumped
+        self.dumped = _NOTHING, None, _NOTHING
         self._settle()
         if self.cookie or session.cookie_name + '=' in environ.get('HTTP_COOKIE', ''):
             self.cookie = session._cookie.line(_is_https(environ), '', 0)
@@ -2498,7 +2501,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
                 requests.get(url, cookies=session.issue_cookie({'user': 'joe'}))
                 webtest.TestApp(app).set_cookie(*session.issue_cookie(...).popitem())
         """
-        visit = _Visit(self, _Request())
+        visit = _Visit(self, _Request(None, {}, None))
         visit.hand_out().update(data)
         if not visit.save():
             raise ValueError('issue_cookie() needs some data: an empty session is not stored')
@@ -2640,16 +2643,18 @@ def _raise_outside() -> NoReturn:
 class _Request:
     """ The request that is running: who visits, and how far it is. """
 
-    app: Any = None
-    environ: dict[str, Any] = {}
-    start_response: Any
-    mounts: tuple[Any, ...] = ()  # the routes of mounted apps that led to the present one
-    visits: dict[Session, _Visit] = {}  # of nobody; the first visit makes one
-    sent = False         # the headers are
-    crashed = False      # a route, a generator or an error handler is
-    failed = False       # the answer is an error of ours
-    before: Any = None   # the exception that was on its way when the request began
-    failure: Any = None  # the body of an error, instead of the route's
+    __slots__ = ('app', 'environ', 'start_response', 'mounts', 'visits', 'sent', 'crashed',
+                 'failed', 'before', 'failure')
+
+    def __init__(self, app: Any, environ: dict[str, Any], start_response: Any) -> None:
+        self.app, self.environ, self.start_response = app, environ, start_response
+        self.mounts: tuple[Any, ...] = ()  # the routes of mounted apps that led to this one
+        self.visits: dict[Session, _Visit] = _NOTHING
+        self.sent = False        # the headers are
+        self.crashed = False     # a route, a generator or an error handler is
+        self.failed = False      # the answer is an error of ours
+        self.before: Any = None  # the exception that was on its way when the request began
+        self.failure: Any = None  # the body of an error, instead of the route's
 
     def rule(self) -> str:
         route = self.environ.get('bottle.route')
@@ -2724,18 +2729,17 @@ class _Request:
         self.visits, self.environ = {}, {}
 
 
-_current = ContextVar('bottle_session.request', default=_Request())
+_current = ContextVar('bottle_session.request', default=_Request(None, {}, None))
 
 
 def _wsgi(app: bottle.Bottle, environ: dict[str, Any], start_response: Any) -> Any:
     """ The WSGI interface of Bottle, with sessions. """
-    outer, request = _current.get(), _Request()
+    outer, request = _current.get(), _Request(app, environ, start_response)
     if outer.environ:
         if outer.environ is environ:  # a mounted app
             outer.mounts += environ.get('bottle.route'),
             return _bottle_wsgi(app, environ, start_response)
         request.before = sys.exc_info()[1]
-    request.app, request.environ, request.start_response = app, environ, start_response
     token = _current.set(request)
     body = None
     try:
