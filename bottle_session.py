@@ -1891,8 +1891,8 @@ class _Visit:
         try:
             self._put(self.payload, None)
         except _Unavailable as error:
-            _log.warning('session %s: its use could not be recorded: %s',
-                         _public(self.name), error)
+            _log.log(logging.INFO if isinstance(error, SessionBusy) else logging.WARNING,
+                     'session %s: its use could not be recorded: %s', _public(self.name), error)
         self.options, self.due = options, False
 
     # New ids, and the end
