@@ -1090,11 +1090,10 @@ class RedisStore(Store):
             return redis.call('HGET', KEYS[1], 'r') == ARGV[1] end
         return redis.call('PEXPIRE', KEYS[1], ARGV[2])"""
     _READ = """
-        local record, lock, ends = unpack(redis.call('HMGET', KEYS[1], 'r', 'l', 'u'))
+        local record, l, u = unpack(redis.call('HMGET', KEYS[1], 'r', 'l', 'u'))
         if not record then return end
-        ends = lock and lock ~= ARGV[1] and tonumber(ends)  -- none of ours is later than 30 s
-        local left = ends and ends - redis.call('TIME')[1] * 1000 or 0
-        if left > 0 and left <= 30000 then return 2 end"""
+        local left = l and l ~= ARGV[1] and (tonumber(u) or 0) - redis.call('TIME')[1] * 1000 or 0
+        if left > 0 and left <= 30000 then return 2 end  -- a later one is none of ours"""
     _REPLACE = _READ + """
         if record == ARGV[3] then return 1 end
         if record:sub(1, 16) ~= ARGV[2] then return record end

@@ -194,6 +194,15 @@ def test_a_server_lost_at_any_command_is_503_in_time_and_nothing_half(redis, sta
     assert max(together(lose_at, cases, len(cases))) >= 3
 
 
+@pytest.mark.parametrize('use', USAGES)
+def test_a_server_that_forgot_the_scripts_gets_them_again(redis, use):
+    session = Session(SECRET, mode=redis.url)
+    for _ in range(2):
+        cookie = session.issue_cookie(JOE)
+        after(use, session, cookie, use(session, cookie))
+        redis.admin.script_flush()
+
+
 def failures(redis, start_proxy, lost):
     """ Return maybe_done of a save whose second half fails so. """
     proxy = start_proxy(redis.port)
@@ -576,7 +585,11 @@ def test_a_reply_that_was_not_read_is_never_another_requests():
 # URLs and clients
 
 BAD_URLS = [
-    ('http://localhost', 'scheme'), ('redis://localhost:x', 'Port'),
+    ('http://localhost', 'scheme'), ('redis+sentinel://localhost', 'scheme'),
+    ('redis://localhost:0/1', 'port'), ('redis://localhost:x', 'Port'),
+    ('redis://localhost?db=', 'option=value'), ('unix:///socket?db=-1', 'db cannot be -1'),
+    ('redis://localhost?socket_timeout=0', 'socket_timeout cannot be 0'),
+    ('redis://localhost?socket_connect_timeout=-1', 'socket_connect_timeout cannot be -1'),
     ('redis://localhost:65536', 'Port'), ('redis://localhost/one', 'database'),
     ('redis://:pa#ss@localhost', 'password'), ('redis://:12#ss@localhost', 'password'),
     ('unix://', 'redis URL'), ('redis://localhost?time=3', 'time'),
