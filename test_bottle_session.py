@@ -200,9 +200,10 @@ def test_request_data_is_one_dict_throughout(session):
     def code():
         data = session.data
         assert type(data) is dict and json.dumps(data)
-        session['a'] = 1
-        data['b'] = 2
-        assert session['b'] == 2 and data['a'] == 1 and session.save()
+        session.data['a'] = 1
+        session.data['b'] = 2
+        assert session['b'] == 2 == session.data['b'] and data['a'] == 1 and session.save()
+        assert elsewhere(visitor.data) == {'user': 'joe', 'a': 1, 'b': 2}
         adding(session)()
         session.regenerate()
         for content in {'d': 4}, session, session.data:

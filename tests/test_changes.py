@@ -99,3 +99,60 @@ def test_changes_are_found_exactly_but_for_orders(place, content, steps, data):
         return pickle.loads(pickle.dumps(session.data))
 
     assert strict(visitor.tab().do(code), visitor.data())
+
+
+def copied(data):
+    return pickle.loads(pickle.dumps(dict(data)))
+
+
+def change(view, draw):
+    """ Set, delete or change inside one of the keys 'a' to 'd', or one more. """
+    key = draw(strategies.sampled_from('abcd'))
+    if key in view and containers(view[key]) and draw(strategies.booleans()):
+        mutate(view[key], draw)
+    elif key in view and draw(strategies.booleans()):
+        del view[key]
+    else:
+        view[key] = draw(nested)
+
+
+@stores('own')
+@given(data=strategies.data())
+def test_merging_keeps_what_each_of_two_requests_changed(place, data):
+    """ The later save wins where both changed a key, and nothing else is lost, also of what
+        is changed after a merge, inside a value that came from the other request. """
+    session, draw = place(), data.draw
+    visitor = known(session, a=[1], b={'b': [2]}, c={3})
+
+    def changed_and_saved():
+        for _ in range(draw(strategies.integers(0, 2))):
+            change(session, draw)
+        session.save()
+
+    def code():
+        view = session.data if draw(strategies.booleans()) else session
+        seen, nothing = copied(session), object()
+        for _ in range(3):
+            for _ in range(draw(strategies.integers(0, 2))):
+                change(view, draw)
+            if draw(strategies.booleans()):
+                visitor.tab().do(changed_and_saved)
+            mine, theirs = copied(session), visitor.data()
+            if draw(strategies.booleans()):
+                with session:
+                    merged = True
+            else:
+                merged = session.save()
+            stored = visitor.data()
+            for key in {*seen, *mine, *theirs, *stored}:
+                was, now, other, found = (one.get(key, nothing)
+                                          for one in (seen, mine, theirs, stored))
+                assert strict(found, other if strict(was, now, True) else now) or (
+                    strict(was, now) and strict(found, now)), key  # another order
+            if merged:
+                seen = copied(session)
+                assert strict(seen, stored)
+            else:
+                assert strict(copied(session), mine)
+
+    visitor.tab().do(code)
