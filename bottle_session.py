@@ -93,6 +93,14 @@ class _Unavailable(SessionError, HTTPError):  # type: ignore[misc]
     def __init__(self, message: str = '') -> None:
         HTTPError.__init__(self, 503, message or self.message, Retry_After='1')
 
+    def __str__(self) -> str:
+        return str(self.body)
+
+    def apply(self, other: Any) -> None:
+        """ Become the answer to the current request. """
+        _current.get().failed = True
+        HTTPError.apply(self, other)
+
 
 class SessionBusy(_Unavailable):
     """ Another request holds this visitor's session in a ``with session:``
@@ -198,11 +206,14 @@ class _Cookie:
     def why_not_sent(self, environ: Mapping[str, Any]) -> str:
         """ Return why the browser cannot send this cookie with such a request, or ''. """
         path = environ.get('SCRIPT_NAME', '') + environ.get('PATH_INFO', '')
-        host = environ.get('HTTP_HOST', '').split(':')[0].lower()
+        host = environ.get('HTTP_X_FORWARDED_HOST') or environ.get('HTTP_HOST', '')
+        host = host.split(':')[0].lower()
         domain = (self.domain or host).lower().lstrip('.')
+        if len(environ.get('HTTP_COOKIE', '')) > _MAX_HEADER:
+            return 'the header with all cookies is longer than 16 KB, and is not read'
         if self.secure and not _is_https(environ):
             return 'it is Secure, and this page came by http'
-        if not (path + '/').startswith(self.path.rstrip('/') + '/'):
+        if path != self.path and not path.startswith(self.path.rstrip('/') + '/'):
             return 'it is for the path %s, and this page is at %s' % (self.path, path)
         if not ('.' + host).endswith('.' + domain):
             return 'it is for the domain %s, and this page is at %s' % (domain, host)
@@ -349,6 +360,10 @@ class _Seal:
             raise _Unreadable('holds no dict')
         return data
 
+    def same(self, one: Any, other: Any) -> bool:
+        """ Tell whether two values are equal. """
+        return _same(one, other)
+
 
 def _derive(master: Any, data: bytes) -> bytes:
     """ Return a keyed hash (BLAKE2b, RFC 7693), continued with these data. """
@@ -359,8 +374,8 @@ def _derive(master: Any, data: bytes) -> bytes:
 
 
 class _Keeper(_Seal):
-    """ The same for the memory mode: a record is an object with a shallow copy of
-        the data. Nothing is sealed or serialized. """
+    """ The same for the memory mode: a record is a tuple with a shallow copy of the data,
+        which can be cut like a record of bytes. Nothing is sealed or serialized. """
 
     keeps_values = pickles = True
 
@@ -368,34 +383,34 @@ class _Keeper(_Seal):
         self.dumps = self.loads = dict  # type: ignore[method-assign,assignment]
 
     def seal(self, kind: bytes, id: str, head: _Head, payload: Any = b'') -> Any:
-        return _Kept(kind, head, payload)
+        return kind, object(), head, payload  # no two are equal
 
     def open(self, id: str, record: Any) -> tuple[bytes, _Head, Any, bool]:
-        return record.kind, record.head, record.payload, False
+        return record[0], record[2], record[3], False
+
+    def same(self, one: Any, other: Any) -> bool:
+        return one is other or type(one) in _COMPARED and _same(one, other)
 
 
-class _Kept(namedtuple('_Kept', 'kind head payload')):
-    """ A record of the memory mode; two are equal only if they are one. It can be cut
-        like a record of bytes: into its kind, and its version, which it is itself. """
-
-    __slots__ = ()
-    __eq__, __ne__, __hash__ = object.__eq__, object.__ne__, object.__hash__
-
-    def __getitem__(self, part: Any) -> Any:
-        return self if part.stop == _VERSION else self.kind
+def _kind_of(record: Any) -> bytes:
+    """ Return the kind of a record; b'' if there is none, or a damaged one. """
+    kind: bytes = record[0] if type(record) is tuple else (record or b'')[:1]
+    return kind
 
 
 # What is never changed inside, and the part of it in which equal means the same.
 _PLAIN = frozenset((str, int, float, bool, bytes, type(None), complex, datetime, date, timedelta))
 _ATOMS = frozenset((str, int, bool, bytes, type(None)))
+#: What the memory mode compares by value; other objects are the same or not.
+_COMPARED = _PLAIN | {list, tuple, dict, set, frozenset}
 
 
 def _same(one: Any, other: Any) -> bool:
     """ Tell whether two values are equal, to their types: 1, 1.0 and True differ.
         In doubt they are not. """
     kind = type(one)
-    if kind is not type(other):
-        return False
+    if one is other or kind is not type(other):
+        return one is other
     if kind in _ATOMS:
         return bool(one == other)
     form = _canonical(one)
@@ -466,7 +481,7 @@ class Store:
     #: True for a store in this process that keeps the objects themselves.
     keeps_objects = False
     #: What cleaning by ordinary requests and a server's TTL go by; a Session sets its own.
-    clock: Callable[[], float] = time.time
+    clock: Callable[[], float] = staticmethod(time.time)
 
     def load(self, name: str) -> bytes | None:
         """ Return the record, or None; b'' for one that is damaged. """
@@ -570,7 +585,8 @@ class MemoryStore(Store):
 
     def sweep(self, now: float, progress: Progress = None) -> tuple[int, int]:
         with self._mutex:
-            sessions = {name: found[0][:1] == _SESSION for name, found in self._records.items()}
+            sessions = {name: _kind_of(found[0]) == _SESSION
+                        for name, found in self._records.items()}
             went = sum(self._drop_expired(name, now) and sessions[name] for name in sessions)
             return went, sum(sessions.values()) - went
 
@@ -1019,43 +1035,39 @@ class RedisStore(Store):
         :param prefix: what the keys begin with.
     """
 
-    _LEASE = 30000  # milliseconds until a lock ends without its holder
+    _LEASE = 30000  # milliseconds until a lock ends without its holder, or a second less
     _SLOW = 0.3     # seconds; what fails later timed out, and is not tried again
     _PAUSE = 1.0    # seconds after a time-out in which nobody else waits for one
     _IDLE = 60.0    # seconds until a connection that nobody needs is closed
 
-    # KEYS[1] is a hash: r = record, l = the holder's token, u = its end in server ms.
-    # A command whose reply was lost is sent again, and finds its own record.
+    # KEYS[1]: r = record, l = the holder's token, u = its end (ms). A retry finds its own record.
     _CREATE = """
         local kind = redis.call('TYPE', KEYS[1]).ok
         if kind ~= 'none' and kind ~= 'hash' then redis.call('DEL', KEYS[1]) end
-        if redis.call('HSETNX', KEYS[1], 'r', ARGV[1]) == 1 then
-            return redis.call('PEXPIRE', KEYS[1], math.floor(ARGV[2] * 1000)) end
-        return redis.call('HGET', KEYS[1], 'r') == ARGV[1]"""
-    # A lock that ends later than ours could, or never, is none of ours.
+        if redis.call('HSETNX', KEYS[1], 'r', ARGV[1]) == 0 then
+            return redis.call('HGET', KEYS[1], 'r') == ARGV[1] end
+        return redis.call('PEXPIRE', KEYS[1], ARGV[2])"""
     _READ = """
-        local record, lock, till = unpack(redis.call('HMGET', KEYS[1], 'r', 'l', 'u'))
+        local record, l, u = unpack(redis.call('HMGET', KEYS[1], 'r', 'l', 'u'))
         if not record then return end
-        local time = redis.call('TIME')
-        local now = time[1] * 1000 + math.floor(time[2] / 1000)
-        local left = (tonumber(till) or 0) - now
-        if lock and lock ~= ARGV[1] and left > 0 and left <= 30000 then return 2 end"""
+        local left = l and l ~= ARGV[1] and (tonumber(u) or 0) - redis.call('TIME')[1] * 1000 or 0
+        if left > 0 and left <= 30000 then return 2 end  -- a later one is none of ours"""
     _REPLACE = _READ + """
         if record == ARGV[3] then return 1 end
         if record:sub(1, 16) ~= ARGV[2] then return record end
         redis.call('HSET', KEYS[1], 'r', ARGV[3])
-        return redis.call('PEXPIRE', KEYS[1], math.floor(ARGV[4] * 1000))"""
+        return redis.call('PEXPIRE', KEYS[1], ARGV[4])"""
     _REMOVE = """
         local record = redis.call('HGET', KEYS[1], 'r')
         return record and record:sub(1, 16) == ARGV[1] and redis.call('DEL', KEYS[1])"""
     _LOCK = _READ + """
-        redis.call('HSET', KEYS[1], 'l', ARGV[1], 'u', now + ARGV[2])
+        redis.call('HSET', KEYS[1], 'l', ARGV[1], 'u', redis.call('TIME')[1] * 1000 + ARGV[2])
         return record"""
     _UNLOCK = """
         return redis.call('HGET', KEYS[1], 'l') == ARGV[1] and redis.call('HDEL', KEYS[1], 'l')"""
     _REMEDIES = {
         'ermission|ACL|run this': 'let its user do that: ACL SETUSER (name) ~(prefix)* +hget +del '
-        '+hset +hsetnx +hmget +hdel +type +pexpire +time +eval +ping +info +scan +dbsize',
+        '+hset +hsetnx +hmget +hdel +type +pexpire +time +eval +evalsha +ping +info +scan +dbsize',
         'Authentication': 'AUTH was refused: check user and password in the URL or the client',
         'OutOfMemory|OOM': 'raise maxmemory',
         'onnection refused|not known': 'start the server, or check host and port'}
@@ -1068,49 +1080,52 @@ class RedisStore(Store):
             raise ImportError("redis needs a package: pip install 'redis[hiredis]'") from error
         _require(isinstance(prefix, str), 'prefix must be a str, not %s', _kind(prefix), TypeError)
         if isinstance(client, str):
-            _require(re.fullmatch(r'unix://[^#]+|(?!unix)\w+://[^/#]*(/\d*)?([?][^#]*)?', client),
-                     'redis URL: after the host comes /database, a number; in a password / is '
-                     'written %%2F and # %s', '%23')
-            try:  # redis-py says some of what is wrong only when it connects
+            _require(re.fullmatch(r'(unix://[^?#]+|(?!unix)[\w+-]+://[^/?#]*(?<!:0)(/\d*)?)'
+                                  r'([?]\w+=[^&#]+(&\w+=[^&#]+)*)?', client),
+                     'redis URL: after the host come :port, 1 to 65535, /database, a number, and '
+                     '?option=value; in a password / is written %%2F, ? %%3F and # %s', '%23')
+            try:  # redis-py says some of what is wrong only when it connects, or never
                 client = redis.Redis.from_url(re.sub('^valkey', 'redis', client))
                 client.connection_pool.make_connection()
+                for option, value in client.connection_pool.connection_kwargs.items():
+                    if type(value) is float and not value > 0 or type(value) is int and value < 0:
+                        raise ValueError('%s cannot be %s' % (option, value))
             except Exception as error:
                 raise ValueError('This redis URL cannot be used: %s' % error) from error
         _require(isinstance(client, (redis.Redis, redis.RedisCluster))
                  and not client.get_encoder().decode_responses, 'client must be a URL, a redis.'
                  'Redis or a RedisCluster, without decode_responses=True, not %s', _kind(client))
-        self.client: Any = client
-        self._prefix = prefix
+        self.client, self._prefix = client, prefix
         self._pool: Any = getattr(client, 'connection_pool', None)  # a cluster: one a node
-        self._refusal = redis.ResponseError
+        self._pack: Any = getattr(sys.modules.get('hiredis'), 'pack_command', None)
+        self._known: dict[str, tuple[str, str]] = {}  # scripts that the server has got
         self._settings = self._calm(redis.retry.Retry(redis.backoff.NoBackoff(), 0))
         self._free: list[tuple[float, Any]] = []
         self._left_locked: deque[tuple[str, bytes]] = deque(maxlen=20)
         self._silent_until = 0.0
         with suppress(StoreError):  # what is wrong is in the log early
-            info = str(self._ask('INFO', 'memory'))
+            info = str(self._ask(('INFO', 'memory')))
             for policy in set(re.findall(r'maxmemory_policy\W+([\w-]+)', info)) - {'noeviction'}:
                 _log.warning('redis: maxmemory-policy %s loses sessions; use noeviction', policy)
 
     def load(self, name: str) -> bytes | None:
-        return self._ask('HGET', self._prefix + name, 'r')  # type: ignore[no-any-return]
+        return self._ask(('HGET', self._prefix + name, 'r'))  # type: ignore[no-any-return]
 
     def create(self, name: str, record: bytes, expires: float, durable: bool = False) -> bool:
-        return bool(self._run(self._CREATE, name, record, expires - time.time()))
+        return bool(self._run(self._CREATE, name, record, int(1000 * (expires - self.clock()))))
 
     def replace(self, name: str, version: bytes, record: bytes, expires: float,
                 lock: Any = None, durable: bool = False) -> bytes | None:
-        reply = self._run(self._REPLACE, name, lock or b'', version, record, expires - time.time())
+        ttl = int(1000 * (expires - self.clock()))
+        reply = self._run(self._REPLACE, name, lock or b'', version, record, ttl)
         return record if reply == 1 else reply
 
     def remove(self, name: str, version: bytes | None = None) -> bool:
-        if version is None:
-            return bool(self._ask('DEL', self._prefix + name))
-        return bool(self._run(self._REMOVE, name, version))
+        return bool(self._ask(('DEL', self._prefix + name)) if version is None
+                    else self._run(self._REMOVE, name, version))
 
     def lock(self, name: str) -> tuple[bytes, bytes] | None:
-        token = os.urandom(12)
-        record = self._run(self._LOCK, name, token, self._LEASE)
+        record = self._run(self._LOCK, name, token := os.urandom(12), self._LEASE)
         return (token, record) if record else None
 
     def unlock(self, name: str, lock: bytes) -> None:
@@ -1121,50 +1136,54 @@ class RedisStore(Store):
             nodes = map(self.client.get_redis_connection, self.client.get_primaries())
             return 0, sum(RedisStore(node, self._prefix).sweep(now, progress)[1] for node in nodes)
         pattern = re.sub(r'([][*?\\^-])', r'\\\1', self._prefix) + '?' * 64
-        size, seen, left, cursor = self._ask('DBSIZE'), 0, 0, None
+        size, seen, left, cursor = self._ask(('DBSIZE',)), 0, 0, None
         while cursor != b'0':
-            cursor, keys = self._ask('SCAN', cursor or 0, 'MATCH', pattern, 'COUNT', 1000)
-            left += sum((self._ask('HGET', key, 'r') or b'')[:1] == _SESSION for key in keys)
+            cursor, keys = self._ask(('SCAN', cursor or 0, 'MATCH', pattern, 'COUNT', 1000))
+            left += sum((self._ask(('HGET', key, 'r')) or b'')[:1] == _SESSION for key in keys)
             seen += 1000
             if progress:
                 progress(min(1.0, seen / size) if cursor != b'0' else 1.0)
         return 0, left  # the server removes them
 
     def _run(self, script: str, name: str, *args: Any) -> Any:
+        whole = 'EVAL', script, 1, self._prefix + name, *args
         try:
-            reply = self._ask('EVAL', script, 1, self._prefix + name, *args)
+            reply = self._ask((*self._known.get(script, whole[:2]), *whole[2:]), whole)
         except BaseException:
             if script in (self._LOCK, self._UNLOCK):  # nobody knows whether a lock is left
                 self._left_locked.append((name, args[0]))
             raise
+        if script not in self._known:
+            self._known[script] = 'EVALSHA', hashlib.sha1(script.encode()).hexdigest()
         if reply == 2:
             raise SessionBusy()
         return reply
 
-    def _ask(self, *command: Any) -> Any:
-        """ Send a command, once more if its connection was lost, and return the reply. """
+    def _ask(self, command: tuple[Any, ...], whole: tuple[Any, ...] = ()) -> Any:
+        """ Send a command, once more (whole) if its connection was lost, and return the reply. """
         start, maybe_done = time.monotonic(), False
         if start < self._silent_until:
             raise StoreError()
-        for again in True, False:
+        for again, sent in (True, command), (False, whole or command):
             connection = None
             try:
-                connection = self.client if self._pool is None else self._connection(start)
-                if connection is self.client:
-                    reply = connection.execute_command(*command)
+                if self._pool is None:
+                    reply = self.client.execute_command(*sent)
                 else:
-                    connection.send_command(*command)
+                    connection = self._connection(start)
+                    connection.send_packed_command(
+                        [self._pack(sent)] if self._pack else connection.pack_command(*sent))
                     reply = connection.read_response()
                     self._free.append((start, connection))  # after an error it is dropped
                 break
             except Exception as error:
                 self._free = []  # the others are lost, too, or lead to a master of yesterday
-                answered = isinstance(error, self._refusal)
-                maybe_done |= connection is not None and not answered
+                answered = isinstance(error, sys.modules['redis'].ResponseError)
+                maybe_done |= not (answered or self._pool and connection is None)
                 if time.monotonic() - start > self._SLOW and not answered:
                     again, self._silent_until = False, time.monotonic() + self._PAUSE
-                if not again or answered and 'readonly' not in repr(error).lower():
-                    return self._fail(command[0], error, maybe_done)
+                if not again or answered and not re.search('(?i)readonly|noscript', repr(error)):
+                    return self._fail(sent[0], error, maybe_done)
         if self._left_locked:
             with suppress(StoreError, IndexError):
                 self.unlock(*self._left_locked.pop())
@@ -1183,13 +1202,14 @@ class RedisStore(Store):
 
     def _connection(self, now: float) -> Any:
         """ Return one that nobody uses. redis-py's own pool costs three times as much. """
-        with suppress(IndexError):
+        try:
             while self._free[0][0] < now - self._IDLE or self._free[0][1].pid != os.getpid():
                 self._free.pop(0)[1].disconnect()
             return self._free.pop()[1]
-        connection = self._pool.connection_class(**self._settings)
-        connection.connect()
-        return connection
+        except IndexError:
+            connection = self._pool.connection_class(**self._settings)
+            connection.connect()
+            return connection
 
     def _calm(self, retry: Any) -> dict[str, Any]:
         """ Return how to connect: one try, and two seconds for all that are asked in turn. """
@@ -1293,6 +1313,7 @@ _MONTH = 31 * _DAY  # that a clock may be wrong for a while
 _MARK = 60.0        # seconds that a moved id reads as empty
 _BLOCK = 3600.0     # seconds after which a log-in that began has ended, or its process
 _MISSING = object()
+_NOTHING: dict[Any, Any] = {}  # never changed
 
 Login = namedtuple('Login', 'id created used note here')
 #: What a list says of a session; times in seconds since the epoch.
@@ -1390,7 +1411,7 @@ class _Owners:
 
     def lives(self, name: str) -> bool:
         """ Tell whether there is a session of this name. """
-        return (self._store.load(name) or b'')[:1] == _SESSION
+        return _kind_of(self._store.load(name)) == _SESSION
 
     def _end(self, name: str) -> bytes:
         """ End a session, and return the kind of record that was there; where there is
@@ -1398,8 +1419,8 @@ class _Owners:
         store = self._store
         for _ in range(100):
             record = store.load(name)
-            if record and record[:1] != _SESSION:
-                return bytes(record[:1])
+            if record and _kind_of(record) != _SESSION:
+                return _kind_of(record)
             try:
                 removed = record is not None and store.remove(name, record[:_VERSION] or None)
             except SessionBusy:  # in a `with` block, for which log-out does not wait
@@ -1451,39 +1472,49 @@ class _Owners:
 
 #: Who waits for the lock of a session in this process, in order of arrival.
 _queues: dict[str, list[object]] = {}
+_process = object()  # another one in each child
+
+
+def _begin_process() -> None:
+    global _process
+    _process = object()
+    _queues.clear()
+
+
 if hasattr(os, 'register_at_fork'):
-    os.register_at_fork(after_in_child=_queues.clear)
+    os.register_at_fork(after_in_child=_begin_process)
 
 
-def _patiently(seconds: float, name: str, attempt: Callable[..., Any], *args: Any) -> Any:
-    """ Call `attempt` until no other request holds the session, for so long.
+def _patiently(seconds: float | None, name: str, attempt: Callable[..., Any], *args: Any) -> Any:
+    """ Call `attempt` until no other request holds the session.
 
+        :param seconds: after which SessionBusy is raised; None: at once, without a record.
         :param name: of the session whose lock it takes, for which requests queue up; or ''.
     """
-    me, end = object(), 0.0
-    queue = _queues.get(name, [])
+    if name not in _queues:
+        try:
+            return attempt(*args)
+        except SessionBusy:
+            if seconds is None:
+                raise
+    me, end = object(), time.monotonic() + (seconds or 0)
+    queue = _queues.setdefault(name, []) if name else []
+    queue.append(me)
     try:
         while True:
-            if not queue or queue[0] is me or not name:
-                try:
-                    return attempt(*args)
-                except SessionBusy:
-                    pass
-            if not end:
-                end = time.monotonic() + seconds
-                queue = _queues.setdefault(name, []) if name else []
-                queue.append(me)
             left = end - time.monotonic()
             if left <= 0:
                 _log.warning('%s: another request holds this session for more than %s seconds',
                              _current.get().rule(), seconds)
                 raise SessionBusy()
             time.sleep(min(left, 0.0005 * min(20, 1 + queue.index(me)) * random.uniform(0.8, 1.2)))
+            if queue[0] is me:
+                with suppress(SessionBusy):
+                    return attempt(*args)
     finally:
-        if end:
-            queue.remove(me)
-            if not queue:
-                _queues.pop(name, None)
+        queue.remove(me)
+        if not queue:
+            _queues.pop(name, None)
 
 
 def _public(name: str) -> str:
@@ -1504,72 +1535,76 @@ class _Visit:
         out and can be changed inside.
     """
 
-    # Most requests change few of these, so the class holds the values at first.
-    session: Session
-    request: _Request
-    data: Any = None                    # a dict; None: not asked for yet
-    id: str | None = None               # of the stored session
-    name = ''                           # in the store
-    record: Any = None                  # as it is stored
-    head = _NO_HEAD
-    options = _NO_HEAD[2:4]             # days and permanent, as the head is to have them
-    payload: Any = None
-    older = False                       # an older secret sealed it
-    expires = 0.0                       # if it is not used any more
-    due = False                         # this use is to be recorded
-    touched: dict[Any, Any]
-    open = False                        # the whole dict was handed out: keys may be added
-    parsed: dict[Any, Any] | None = None  # the payload, loaded once more
-    checked: dict[Any, Any] | None = None  # the same of the next payload
-    forms: dict[Any, bytes] = {}        # canonical, of values that are stored
-    saved: dict[Any, Any] = {}          # the data when they were serialized: threads go on
-    ended = False                       # by another request: nothing can be stored
-    moved = False                       # the browser sent an id that has just got a new one
-    failed = False                      # a save did
-    cookie: str | None = None           # what to tell the browser
-    why = 'the browser sent no cookie of ours'
-    depth = 0                           # of `with` blocks
-    snapshot: tuple[Any, Any] = None, options  # what a failed block goes back to
-    held: tuple[str, Any, int] | None = None   # name, the store's lock, process
+    __slots__ = ('session', 'request', 'data', 'id', 'name', 'record', 'head', 'payload', 'older',
+                 'expires', 'due', 'options', 'touched', 'open', 'parsed', 'forms', 'fresh',
+                 'dumped', 'ended', 'moved', 'born', 'cookie', 'why', 'watched', 'depth',
+                 'snapshot', 'held')
+
+    def __init__(self, session: Session, request: _Request) -> None:
+        self.session, self.request = session, request
+        self.data: Any = None       # a dict; None: not asked for yet
+        self.id: str | None = None  # of the stored session
+        self.name = ''              # in the store
+        self.record: Any = None     # as it is stored
+        self.head = _NO_HEAD
+        self.payload: Any = None
+        self.older = False          # an older secret sealed it
+        self.expires = 0.0          # if it is not used any more
+        self.due = False            # this use is to be recorded
+        self.options = _NOTHING     # what the head is to say instead
+        self.touched: dict[Any, Any] = {}
+        self.open = False           # the whole dict was handed out: keys may be added
+        self.parsed: dict[Any, Any] | None = None  # the payload, loaded once more
+        self.forms = self.fresh = _NOTHING  # canonical, of what is stored and what is now
+        self.dumped: tuple[Any, ...] = _NOTHING, None, _NOTHING  # data, parsed, forms to store
+        self.ended = False          # by another request: nothing can be stored
+        self.moved = False          # the browser sent an id that has just got a new one
+        self.born = False           # the id was made in this request
+        self.cookie: str | None = None  # what to tell the browser
+        self.why = 'the browser sent no cookie of ours'
+        self.watched = False        # nothing saves it by itself
+        self.depth = 0              # of `with` blocks
+        self.snapshot: Any = None   # data and options that a failed block goes back to
+        self.held: Any = None       # name, the store's lock, process
 
     # Loading, and what changed since
 
     def load(self, fetch: Callable[[str], Any] | None = None) -> dict[Any, Any]:
-        """ Take the first living session that one of the cookies names. """
-        found: dict[Any, Any] | None = self.data
-        if found is not None:
-            return found
+        """ Return the data, at first those of the living session that a cookie names. """
+        data: dict[Any, Any] | None = self.data
+        if data is not None:
+            return data
         session = self.session
         for id in session._cookie.ids(self.request.environ):
             name = session._seal.name(id)
             try:
-                found = self._open(id, name, (fetch or session.store.load)(name))
+                data = self._open(id, name, (fetch or session.store.load)(name))
             except MemoryError as error:  # it may be well in a moment
                 raise StoreError() from error
-            if found is not None:
-                self.id, self.name, self.why, self.moved = id, name, 'loaded', False
-                self.data = found
-                return found
+            if data is not None:
+                self.id, self.name, self.data = id, name, data
+                return data
             self.let_go()
         self.ended = self.moved
-        self.data = found = {}
-        return found
+        self.data = data = {}
+        return data
 
     def _open(self, id: str, name: str, record: Any) -> dict[Any, Any] | None:
         """ Take this record as the stored one, and return the data; None if it holds no
             living session. """
+        session = self.session
         if record is None or record[:1] == _BLOCKED:
             self.why = 'the session is unknown, expired or was purged'
             return None
-        session = self.session
         try:
             kind, head, payload, older = session._seal.open(id, record)
-            now, life = session.clock(), (head.days or session._days) * _DAY
-            expires = min(head.used + life, head.created + session._max_age)
+            created, used, days, _, _ = head
+            now, life = session.clock(), (days or session._days) * _DAY
             if kind == _MOVED:
-                self.moved = self.moved or now - head.used < _MARK
+                self.moved = self.moved or now - used < _MARK
                 self.why = 'the session has got a new id'
                 return None
+            expires = min(used + life, created + session._max_age)
             if now >= expires:
                 self.why = 'the session has expired'
                 return None
@@ -1579,19 +1614,20 @@ class _Visit:
             _log.warning('session %s %s; it is treated as absent', _public(name), error)
             return None
         self.record, self.head, self.payload, self.older = record, head, payload, older
-        self.options, self.parsed = head[2:4], None
-        self.expires, self.due = expires, not -_MONTH <= now - head.used < life / 30
+        self.expires, self.due = expires, not -_MONTH <= now - used < life / 30
         return data
 
     def hand_out(self) -> dict[Any, Any]:
         """ Return the data themselves, for any change. """
         data = self.load()
-        self.touched, self.open = {**data, **self.touched}, True
+        if not self.open:
+            self.touched, self.open = {**data, **self.touched}, True
         return data
 
     def changes(self) -> list[Any]:
         """ Return the keys whose values differ from what is stored. """
         touched, data, changed = self.touched, self.data, []
+        self.fresh = _NOTHING
         if self.open:
             touched = {**dict.fromkeys(data, _MISSING), **touched}
         for key, old in touched.items():
@@ -1610,12 +1646,11 @@ class _Visit:
                                             for keys in (self.data, self.stored())):
             return True  # True has taken the place of 1
         if type(old) in _PLAIN or self.session._seal.keeps_values:
-            return new is not old and not _same(old, new)
+            return not self.session._seal.same(old, new)
         # The old value may have been changed inside: see what is stored.
-        if key not in self.forms:
-            self.forms = {**self.forms, key: _canonical(self.stored().get(key))}
-        form = self.forms[key]
-        return form != _canonical(new) and not _same_but_for_order(
+        form = self.forms.get(key) or _canonical(self.stored().get(key))
+        self.fresh = {**self.fresh, key: _canonical(new)}
+        return form != self.fresh[key] and not _same_but_for_order(
             form, self.stored().get(key), new)
 
     def stored(self) -> dict[Any, Any]:
@@ -1625,25 +1660,30 @@ class _Visit:
         return self.parsed
 
     def pending(self) -> Any:
-        """ Return the data serialized if they differ from what is stored, else None. """
+        """ Return the data serialized if a save would write them, else None. """
+        if not self.id:
+            return None if self.ended or not self.data else self.dumps(self.data)
         changed = self.changes()
-        if not changed and self.options == self.head[2:4]:
+        if not changed and not self.options:
             return None
-        payload, seal = self.dumps(changed), self.session._seal
-        if seal.keeps_values or payload != self.payload or self.options != self.head[2:4]:
-            return payload
-        return None  # json made a list of a tuple, say
+        payload = self.dumps(changed)
+        if payload == self.payload and not self.options and not self.session._seal.keeps_values:
+            return None  # json made a list of a tuple, say
+        return payload
+
+    def dirty(self) -> bool:
+        data = self.load()
+        return self.pending() is not None if self.id else bool(data) and not self.ended
 
     def dumps(self, changed: Iterable[Any]) -> Any:
         """ Return the data serialized. What does not load back must not be stored. """
-        data, seal = self.data.copy(), self.session._seal
+        data, seal, parsed = self.data.copy(), self.session._seal, None
         try:
-            payload, self.checked, self.saved = seal.dumps(data), None, data
-            for key in changed:
+            payload = seal.dumps(data)
+            for key in () if seal.keeps_values else changed:
                 if not (seal.pickles and type(key) in _PLAIN and type(data.get(key)) in _PLAIN):
-                    self.checked = seal.loads(payload)
+                    parsed = seal.loads(payload)
                     break
-            return payload
         except Exception as error:
             for key, value in data.items():
                 try:
@@ -1654,73 +1694,63 @@ class _Visit:
                         'plain values, or what identifies the object.'
                         % (key, _kind(value), reason)) from error
             raise SessionError('The session cannot be stored: %s' % error) from error
-
-    def dirty(self) -> bool:
-        data = self.load()
-        return not self.ended and (self.pending() is not None if self.id else bool(data))
+        self.dumped = data, parsed, self.fresh
+        return payload
 
     # Saving
-
-    def attempt(self, action: Callable[..., Any], *args: Any) -> Any:
-        """ Call `action`. Where the store fails, the end of the request does not try to
-            save what was to be saved with it. """
-        try:
-            return action(*args)
-        except _Unavailable:
-            self.failed = True
-            raise
 
     def save(self) -> bool:
         """ Store what this request changed, and tell whether that took a write. """
         if self.data is None or sys.exc_info()[1] and self.request.is_crashing():
             return False
-        if self.id:
-            payload = self.pending()
-            return payload is not None and self._update(payload)
-        if self.ended or not self.data:
+        payload = self.pending()
+        if payload is None:
             return False
-        self._become(self._create(self.dumps(self.data), self._next_head()))
-        return True
-
-    def _update(self, payload: Any) -> bool:
-        """ Write these data on top of what is stored by now. """
-        lives = self.session.clock() < self.expires or self._absorb(
-            self.session.store.load(self.name))
-        while lives:
-            as_before = not self.due and self.options == self.head[2:4]
-            stored = self._put(self.head if as_before else self._next_head(), payload)
+        if not self.id:
+            self._become(*self._create(payload, self._next_head()))
+            return True
+        while True:
+            stored = self._put(payload, self.session.lock_timeout)
             if stored is self.record:
                 self._settle()
                 return True
             if self.held and stored:
                 _log.warning('session %s: its lock was lost to another request, the changes of '
                              'both are merged', _public(self.name))
-            lives = self._absorb(stored)
-            payload = self.pending() if lives else None
-            if lives and payload is None:  # the other one wrote the same
+            if not self._absorb(stored):
+                return self._lose()
+            payload = self.pending()
+            if payload is None:  # the other one wrote the same
                 return False
-        return self._lose()
 
-    def _put(self, head: _Head, payload: Any) -> Any:
-        """ Store this version and return its record, or what is stored by now. """
-        session, name, renewed = self.session, self.name, head is not self.head
-        record = session._seal.seal(_SESSION, self.id or '', head, payload)
-        expires, before = session._expires(head) if renewed else self.expires, self.expires
+    def _put(self, payload: Any, seconds: float | None) -> Any:
+        """ Store these data and return their record; or what is stored by now, if another
+            request stored it; or None if the session has ended. """
+        session, name, head, expires = self.session, self.name, self.head, self.expires
+        if session.clock() >= expires:
+            record = session.store.load(name)
+            return None if record == self.record else record
+        renewed = bool(self.options) or self.due and not self.request.sent
+        if renewed:
+            head = self._next_head()
+            expires = session._expires(head)
         listed = head.owner and (renewed or self.older)
         if listed:  # never for less than either version
-            self._list(head, max(expires, before))
-        stored = _patiently(session._lock_timeout, '', session.store.replace, name,
-                            self.record[:_VERSION], record, expires, self.held and self._lock())
-        if stored is None or stored != record:
-            if listed and not (stored and stored[:1] == _SESSION):
+            self._list(head, max(expires, self.expires))
+        record = session._seal.seal(_SESSION, self.id or '', head, payload)
+        stored = _patiently(seconds, '', session.store.replace, name, self.record[:_VERSION],
+                            record, expires, self.held and self._lock())
+        if stored != record:
+            if listed and _kind_of(stored) != _SESSION:
                 session._owners.leave(head.owner, name)
             return stored
-        self.record, self.head, self.payload, self.older = record, head, payload, False
-        self.expires = expires
-        if listed and expires < before:
-            self._list(head, expires)
-        if renewed and not self.request.sent:
-            self._tell()
+        self.record, self.payload, self.older = record, payload, False
+        if renewed:
+            before, self.head, self.expires = self.expires, head, expires
+            if listed and expires < before:
+                self._list(head, expires)
+            if not self.request.sent:
+                self._tell()
         return record
 
     def _list(self, head: _Head, expires: float) -> None:
@@ -1730,44 +1760,43 @@ class _Visit:
     def _settle(self) -> None:
         """ Note what is stored. Values that can be changed inside may still be in
             somebody's hands, and a thread of the route may have set a key meanwhile. """
-        data, saved = self.data, self.saved
-        self.touched = dict(saved) if self.open else {
-            key: saved.get(key, _MISSING) for key in self.touched
-            if type(saved.get(key)) not in _PLAIN or saved.get(key) is not data.get(key)}
-        self.forms, self.parsed, self.due = {}, self.checked, False
-        self.snapshot = self.payload, self.options
+        saved, self.parsed, self.forms = self.dumped
+        data, keeps = self.data, self.session._seal.keeps_values
+        touched = dict(saved) if self.open else {}
+        for key in self.touched:
+            value = saved.get(key, _MISSING)
+            if type(value) not in _PLAIN and not keeps or value is not data.get(key, _MISSING):
+                touched[key] = value
+        self.touched, self.due, self.options = touched, False, _NOTHING
+        if self.depth:
+            self.snapshot = self.payload, self.options
 
     def _absorb(self, record: Any) -> bool:
         """ Take over what is stored by now, beneath the changes of this request; tell
             whether the session still exists. """
         if record and record == self.record:
             return self.session.clock() < self.expires
-        data, old, changed = self.load(), self.stored(), set(self.changes())
-        options, before = self.options, self.head[2:4]
-        newest = self._open(self.id or '', self.name, record)
+        data, old, changed = self.data, self.stored(), set(self.changes())
+        newest, same = self._open(self.id or '', self.name, record), self.session._seal.same
         if newest is None:
             return False
-        touched = {key: newest.get(key, _MISSING) for key in changed}
-        for key in {**old, **newest, **data}:
-            was, mine, new = (values.get(key, _MISSING) for values in (old, data, newest))
-            theirs = not _same(was, new)
-            if key in changed:
-                if theirs and not _same(mine, new):
-                    _log.warning('session %s: two requests changed %r at once, and the later one '
-                                 'won: use "with session:" where the new value depends on the '
-                                 'old one', _public(self.name), key)
-            elif new is _MISSING:
-                data.pop(key, None)
-            else:
-                if theirs:
-                    data[key] = new
-                if key in self.touched:
-                    touched[key] = data[key]
+        for key in {**old, **newest}:
+            was, new = old.get(key, _MISSING), newest.get(key, _MISSING)
+            if same(was, new):
+                continue
+            if key not in changed:
+                data[key] = new
+                if new is _MISSING:
+                    del data[key]
+            elif not same(data.get(key, _MISSING), new):
+                _log.warning('session %s: two requests changed %r at once, and the later one '
+                             'won: use "with session:" where the new value depends on the old '
+                             'one', _public(self.name), key)
         if changed:
             _log.info('session %s: merged with a save of another request', _public(self.name))
-        self.options = tuple(new if mine == was else mine for mine, was, new in zip(
-            options, before, self.head[2:4]))
-        self.touched, self.forms = touched, {}
+        touched = {**newest, **self.touched} if self.open else self.touched
+        self.touched = {key: newest.get(key, _MISSING) for key in touched}
+        self.parsed, self.forms = None, {}  # the values of `newest` are in use now
         return True
 
     def _lose(self) -> bool:
@@ -1776,62 +1805,60 @@ class _Visit:
                   'meanwhile', _public(self.name))
         self.why = 'it was purged, regenerated or expired elsewhere during this request'
         self.ended, self.moved, self.id = True, False, None
+        self.head, self.payload, self.parsed = _NO_HEAD, None, None
         return False
 
-    def _next_head(self, renew: bool = False) -> _Head:
-        """ Return the head for the next save. It records the use when that is due, and
-            mends what a wrong clock left. """
-        created, used, _, _, owner = self.head
-        if self.request.sent and self.id and not renew and self.options == self.head[2:4]:
-            return self.head
-        now = self.session.clock()
-        used = now if used - now > _MONTH else max(used, now)
-        created = created if self.id and created - now <= _MONTH else now
-        return _Head(created, used, *self.options, owner)
+    def _next_head(self, owner: str | None = None) -> _Head:
+        """ Return a head that records this use, and mends what a wrong clock left. """
+        created, used, days, permanent, owner_before = self.head
+        now, get = self.session.clock(), self.options.get
+        return _Head(created if self.id and created - now <= _MONTH else now,
+                     now if used - now > _MONTH else max(used, now),
+                     get('days', days), get('permanent', permanent), owner or owner_before)
 
     def _record_use(self) -> None:
-        """ Store the time of this use; what prevents it is logged, not raised. """
-        options, self.options = self.options, self.head[2:4]
+        """ Store the time of this use. What prevents it is logged, not raised, and nobody
+            is waited for: a later request does it. """
+        options, self.options = self.options, {}
         try:
-            self._put(self._next_head(), self.payload)
+            self._put(self.payload, None)
         except _Unavailable as error:
-            _log.warning('session %s: its use could not be recorded: %s',
-                         _public(self.name), error)
+            _log.log(logging.INFO if isinstance(error, SessionBusy) else logging.WARNING,
+                     'session %s: its use could not be recorded: %s', _public(self.name), error)
         self.options, self.due = options, False
 
     # New ids, and the end
 
     def _create(self, payload: Any, head: _Head, entry: _Entry | None = None,
-                durable: bool = False) -> _Visit:
-        """ Store the data under a new id, and return a visit that has it. """
+                durable: bool = False) -> tuple[Any, ...]:
+        """ Store the data under a new id; return what `_become` takes. """
         if self.request.sent:
             raise SessionError('Headers sent: a new session or id cannot be told to the browser '
                                'any more. Save before the first chunk is yielded.')
-        session = self.session
-        new = _Visit()
-        new.expires = expires = session._expires(head)
-        new.session, new.request, new.head, new.payload = session, self.request, head, payload
+        session, expires = self.session, self.session._expires(head)
         while True:
-            new.id = _new_id()
-            new.name = session._seal.name(new.id)
+            id = _new_id()
+            name = session._seal.name(id)
             if head.owner and entry:
-                session._owners.enter(head.owner, new.name, entry._replace(
+                session._owners.enter(head.owner, name, entry._replace(
                     used=head.used, expires=expires), self.name, durable)
-            new.record = session._seal.seal(_SESSION, new.id, head, payload)
-            if session.store.create(new.name, new.record, expires, durable):
-                return new  # else a revoke() blocked the name: begin again
+            record = session._seal.seal(_SESSION, id, head, payload)
+            if session.store.create(name, record, expires, durable):
+                return id, name, record, head, payload, expires
+            # A revoke() blocked the name: begin again.
 
-    def _become(self, new: _Visit) -> None:
+    def _become(self, *new: Any) -> None:
         """ Go on as the session that `_create` stored. """
-        self.id, self.name, self.ended, self.moved = new.id, new.name, False, False
-        self.record, self.head, self.payload, self.older = new.record, new.head, new.payload, False
-        self.expires = new.expires
-        self.options, self.why = self.head[2:4], 'it was stored in this request'
+        self.id, self.name, self.record, self.head, self.payload, self.expires = new
+        self.older = self.ended = self.moved = False
+        self.born = True
         self._settle()
         self._tell()
 
     def regenerate(self, owner: str | None = None, note: str | None = None) -> None:
         """ Give the session a new id, and with `owner` that owner. """
+        if self.request.is_crashing():
+            self.roll_back()
         data = self.load()
         entry = _Entry(self.session.clock() if owner else None, 0.0, 0.0, note)
         if self.id and self._move(owner or self.head.owner, entry):
@@ -1840,10 +1867,8 @@ class _Visit:
             if not owner:
                 return
             data.clear()  # a log-in begins anew, without what somebody logged out of
-            self.options = self.options if self.options != self.head[2:4] else _Visit.options
         if data or owner:
-            head = self._next_head()._replace(owner=owner)
-            self._become(self._create(self.dumps(data), head, entry, True))
+            self._become(*self._create(self.dumps(data), self._next_head(owner), entry, True))
 
     def _move(self, owner: str | None, entry: _Entry) -> bool:
         """ Store the session under a new id and end the old one; False if it is gone. """
@@ -1853,43 +1878,43 @@ class _Visit:
             while lives:
                 now = session.clock()
                 mark = session._seal.seal(_MOVED, self.id or '', _NO_HEAD._replace(used=now))
-                head = self._next_head(renew=True)._replace(owner=owner)
-                new = self._create(self.dumps(self.changes()), head, entry, True)
+                new = self._create(self.dumps(self.changes()), self._next_head(owner),
+                                   entry, True)
                 try:
-                    stored = _patiently(session._lock_timeout, '', session.store.replace, name,
+                    stored = _patiently(session.lock_timeout, '', session.store.replace, name,
                                         self.record[:_VERSION], mark, now + _MARK, self._lock(),
                                         True)
                 except BaseException as error:
                     if getattr(error, 'maybe_done', not isinstance(error, SessionBusy)):
-                        self._become(new)  # the old id may be dead
+                        self._become(*new)  # the old id may be dead
                     else:
-                        self._undo(new)
+                        self._undo(*new)
                     raise
                 if stored == mark:
-                    self._become(new)
+                    self._become(*new)
                     if owner_before:
                         session._owners.leave(owner_before, name)
                     return True
-                self._undo(new)
+                self._undo(*new)
                 lives = self._absorb(stored) and self._absorb(self._locked(name))
             return self._lose()
         finally:
             if self.held and (not self.depth or self.name != name):
                 self.let_go()
 
-    def _undo(self, new: _Visit) -> None:
+    def _undo(self, id: str, name: str, record: Any, head: _Head, *rest: Any) -> None:
+        """ Remove what `_create` stored. """
         try:
-            self.session.store.remove(new.name)
-            if new.head.owner:
-                self.session._owners.leave(new.head.owner, new.name)
+            self.session.store.remove(name)
+            if head.owner:
+                self.session._owners.leave(head.owner, name)
         except StoreError as error:
-            _log.warning('session %s is left until it expires: %s', _public(new.name), error)
+            _log.warning('session %s is left until it expires: %s', _public(name), error)
 
     def purge(self) -> None:
         """ End every session that a cookie of this request names. """
-        session = self.session
+        session, environ = self.session, self.request.environ
         owners = {self.name: self.head.owner} if self.id else {}
-        environ = self.request.environ
         for id in session._cookie.ids(environ):
             name = session._seal.name(id)
             if name not in owners:
@@ -1903,12 +1928,10 @@ class _Visit:
                 session._owners.leave(owner, name)
         self.let_go()
         self.id, self.why = None, 'it was purged in this request'
-        self.ended = self.moved = False
-        self.head, self.options, self.payload = _NO_HEAD, _Visit.options, None
-        self.older = False
-        self.data = self.data or {}
+        self.ended = self.moved = self.older = self.born = False
+        self.head, self.payload, self.data = _NO_HEAD, None, {} if self.data is None else self.data
         self.data.clear()
-        self.saved, self.checked = {}, None
+        self.dumped = _NOTHING, None, _NOTHING
         self._settle()
         if self.cookie or session.cookie_name + '=' in environ.get('HTTP_COOKIE', ''):
             self.cookie = session._cookie.line(_is_https(environ), '', 0)
@@ -1916,24 +1939,33 @@ class _Visit:
     def _tell(self) -> None:
         """ Have the browser told of the id. """
         session = self.session
-        max_age = self.expires - session.clock() if self.is_permanent() else None
+        max_age = self.expires - session.clock() if self.permanent() else None
         self.cookie = session._cookie.line(_is_https(self.request.environ), self.id or '', max_age)
 
-    def is_permanent(self) -> bool:
-        return bool(self.session._permanent if self.options[1] < 0 else self.options[1])
+    def days(self) -> float:
+        return float(self.options.get('days') or self.head.days or self.session._days)
+
+    def permanent(self) -> bool:
+        permanent = self.options.get('permanent', self.head.permanent)
+        return bool(self.session._permanent if permanent < 0 else permanent)
+
+    def set_option(self, name: str, value: float, stored: float) -> None:
+        """ Have the next save store days or permanent, if that is a change. """
+        others = {key: self.options[key] for key in self.options if key != name}
+        self.options = others if value == stored else {**others, name: value}
 
     # Locks, and `with`
 
     def _lock(self) -> Any:
         """ Return what `Store.lock` gave. A forked child does not have its parent's. """
         held = self.held
-        return held[1] if held and held[0] == self.name and held[2] == os.getpid() else None
+        return held[1] if held and held[0] == self.name and held[2] is _process else None
 
     def let_go(self) -> None:
         if self.held:
             (name, lock, process), self.held = self.held, None
             try:
-                if process == os.getpid():
+                if process is _process:
                     self.session.store.unlock(name, lock)
             except StoreError as error:
                 _log.warning('session %s: its lock ends by itself, it could not be released: %s',
@@ -1941,12 +1973,11 @@ class _Visit:
 
     def _locked(self, name: str) -> Any:
         """ Take the session's lock; return what is stored, or None if it is gone. """
-        def take() -> Any:
-            got = self.session.store.lock(name)
-            if got:
-                self.held = name, got[0], os.getpid()
-            return got and got[1]
-        return _patiently(self.session.lock_timeout, name, take)
+        got = _patiently(self.session.lock_timeout, name, self.session.store.lock, name)
+        if got is None:
+            return None
+        self.held = name, got[0], _process
+        return got[1]
 
     def enter(self) -> None:
         """ Begin a `with` block: take the lock and read the newest data. """
@@ -1957,7 +1988,7 @@ class _Visit:
                 elif self.id and not self._absorb(self._locked(self.name)):
                     self._lose()
                     self.data.clear()
-                pending = self.pending() if self.id else self.dumps(self.data or {})
+                pending = self.pending()
                 self.snapshot = self.payload if pending is None else pending, self.options
             except BaseException:
                 self.let_go()
@@ -1976,14 +2007,13 @@ class _Visit:
                     and not isinstance(error, SessionError):
                 self.save()
             else:
-                self._restore()
+                self._restore(*self.snapshot)
         finally:
             self.let_go()
 
-    def _restore(self) -> None:
-        """ Go back to the snapshot. """
-        payload, self.options = self.snapshot
-        data = self.load()
+    def _restore(self, payload: Any, options: dict[str, float]) -> None:
+        """ Go back to these data. """
+        data, self.options = self.load(), options
         data.clear()
         data.update({} if payload is None else self.session._seal.loads(payload))
         self.touched, self.forms, self.open = self.stored().copy(), {}, True
@@ -1991,32 +2021,29 @@ class _Visit:
     def roll_back(self) -> None:
         """ Forget what a route that crashed did not save. """
         if self.data is not None:
-            self.snapshot = self.payload if self.id else None, self.head[2:4]
-            self._restore()
+            self._restore(self.payload if self.id else None, {})
 
     # The end of the request
 
-    def finish(self, answered: bool) -> None:
-        """ Save what changed, or warn of it.
-
-            :param answered: whether the route did, instead of crashing.
-        """
-        request = self.request
-        if answered and not self.depth:
-            if self.session._saves_itself(request.app, request.environ.get('bottle.route')):
-                self.save()
-            elif not self.failed and request.rule() not in self.session._warned:
-                self._warn_if_changed(request.rule())
-        if self.due and self.id and not request.sent:
+    def finish(self, saves: bool) -> None:
+        """ Do what is left to do before the headers leave. """
+        self.watched = not self.session._saves_itself(self.request)
+        if saves and not self.watched and not self.depth:
+            self.save()
+        if self.due and self.id and not self.request.sent:
             self._record_use()
 
-    def _warn_if_changed(self, rule: str) -> None:
+    def warn_if_changed(self) -> None:
+        """ Warn of changes that nobody saved, once for each route. """
+        rule, warned = self.request.rule(), self.session._warned
+        if rule in warned:
+            return
         try:
             changed = self.dirty()
         except SessionError:
             changed = True
         if changed:
-            self.session._warned.add(rule)
+            warned.add(rule)
             _log.warning('%s changed the session and did not save that: call session.save() after '
                          'the last change, use "with session:", or app.install(session)', rule)
 
@@ -2032,9 +2059,6 @@ def _of_the_data(name: str) -> Any:
     def method(self: Session, *args: Any) -> Any:
         return getattr(self.data, name)(*args)
     return method
-
-
-_SETTABLE = 'data', 'days', 'permanent', 'lock_timeout', 'clock'
 
 
 class Session(MutableMapping):  # type: ignore[type-arg]
@@ -2076,7 +2100,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     #: The plugin interface of Bottle that `apply` follows.
     api = 2
 
-    __slots__ = ('name', 'cookie_name', 'store', 'clock', '_lock_timeout', '_cookie', '_days',
+    __slots__ = ('name', 'cookie_name', 'store', 'clock', 'lock_timeout', '_cookie', '_days',
                  '_permanent', '_max_age', '_max_logins', '_seal', '_owners', '_warned',
                  '__weakref__')
 
@@ -2088,6 +2112,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     #: Returns the time in seconds since the epoch. Tests may replace it:
     #: ``session.clock = lambda: time.time() + 31 * 86400``.
     clock: Callable[[], float]
+    #: Seconds that ``with session:`` waits for another request of the visitor.
+    lock_timeout: float
 
     def __init__(self, secret: Secret | Iterable[Secret],
                  sessions_dir: str | os.PathLike[str] = './sessions',
@@ -2125,11 +2151,24 @@ class Session(MutableMapping):  # type: ignore[type-arg]
                           'at the top level of the module', UserWarning, 2)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _SETTABLE and not (name[:1] == '_' and name in Session.__slots__):
+        if name == 'lock_timeout':
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            _require(number and 0 <= value <= 86400,
+                     'lock_timeout=%r: use a number of seconds, 0 or more', value)
+        elif name == 'clock':
+            _require(callable(value), 'clock must be a callable that returns seconds since the '
+                     'epoch, as time.time does, not %s', _kind(value), TypeError)
+            self.store.clock = value
+        elif not (name[:1] == '_' and name in Session.__slots__
+                  or getattr(getattr(type(self), name, None), 'fset', None)):
             remedy = 'session.login(owner)' if name == 'owner' else 'session[%r] = ...' % name
             raise AttributeError('session.%s cannot be set, it would be the same for all '
                                  'visitors: use %s' % (name, remedy))
         super().__setattr__(name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError('The Session object can be neither copied nor pickled; session.copy() '
+                        'gives the data')
 
     # What a request does
 
@@ -2161,8 +2200,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             fails. In memory mode it happens at the end of the request by itself. In
             a hook that runs after the route crashed nothing is written.
         """
-        visit = self._visit()
-        return bool(visit.attempt(visit.save))
+        return self._visit().save()
 
     @property
     def dirty(self) -> bool:
@@ -2173,8 +2211,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         """ End the session, for log-out: it is gone from the store, durably, and
             the browser forgets its cookie. What is written afterwards in the same
             request starts a new one. StoreError changes nothing. """
-        visit = self._visit()
-        visit.attempt(visit.purge)
+        self._visit().purge()
 
     def clear(self) -> None:
         """ The same as `purge()`; ``session.data.clear()`` only empties the data. """
@@ -2187,8 +2224,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             returns; for a minute, requests that still come with it read as empty
             and store nothing. StoreError changes nothing, or, where the server fell
             silent, tells the browser the new id. """
-        visit = self._visit()
-        visit.attempt(visit.regenerate)
+        self._visit().regenerate()
 
     @property
     def id(self) -> str | None:
@@ -2213,24 +2249,23 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def days(self) -> float:
         """ How long this session lives after its last use. Setting it is a change
             of this session, to be saved; alone it begins none. """
-        return float(self._loaded().options[0] or self._days)
+        return self._loaded().days()
 
     @days.setter
     def days(self, days: float) -> None:
-        if _check_days('days', days) != self.days:
-            visit = self._visit()
-            visit.options = float(days), visit.options[1]
+        visit = self._loaded()
+        visit.set_option('days', float(_check_days('days', days)), visit.head.days or self._days)
 
     @property
     def permanent(self) -> bool:
         """ Whether this session's cookie outlives the browser; to be set like `days`. """
-        return self._loaded().is_permanent()
+        return self._loaded().permanent()
 
     @permanent.setter
     def permanent(self, permanent: bool) -> None:
-        if _check_flag('permanent', permanent) != self.permanent:
-            visit = self._visit()
-            visit.options = visit.options[0], int(permanent)
+        visit, number = self._loaded(), int(_check_flag('permanent', permanent))
+        stored = visit.head.permanent
+        visit.set_option('permanent', number, self._permanent if stored < 0 else stored)
 
     def explain(self) -> str:
         """ Return why the session is what it is, in one sentence, for debugging. """
@@ -2239,8 +2274,9 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         parts = ['There is no stored session: ' + visit.why]
         if visit.id:
             age = timedelta(seconds=int(max(0, self.clock() - visit.head.created)))
-            parts = ['Session %s %s' % (self.id, 'was loaded; it began %s ago and holds %d keys'
-                     % (age, len(self)) if visit.why == 'loaded' else 'is new: ' + visit.why)]
+            parts = ['Session %s %s' % (self.id, 'is new: it was stored in this request'
+                     if visit.born else 'was loaded; it began %s ago and holds %d keys'
+                     % (age, len(self)))]
         if why_not:
             parts.append('the browser cannot send its cookie here: ' + why_not)
         if visit.older:
@@ -2254,13 +2290,11 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             and read the newest data. The end of the block saves, also after
             `redirect()`, `abort()` or another raised HTTPResponse; any other
             exception undoes what the block changed and did not save itself. """
-        visit = self._visit()
-        visit.attempt(visit.enter)
+        self._visit().enter()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        visit = self._visit()
-        visit.attempt(visit.exit, error)
+        self._visit().exit(error)
 
     # Whose sessions these are
 
@@ -2273,7 +2307,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         visit = self._visit()
         _check_owner(owner)
         _require(isinstance(note, str), 'note must be a str, not %s', _kind(note), TypeError)
-        visit.attempt(visit.regenerate, owner, note[:500])
+        visit.regenerate(owner, note[:500])
         try:
             if self._max_logins:
                 self._owners.trim(owner, visit.name, self._max_logins, self.clock())
@@ -2334,7 +2368,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         visit = self._visit()
         data = visit.data
         value = (visit.load() if data is None else data)[key]
-        if type(value) not in _PLAIN:
+        if type(value) not in _PLAIN and not self._seal.keeps_values:
             visit.touched.setdefault(key, value)
         return value
 
@@ -2363,11 +2397,11 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     keys, values, items, pop, popitem, copy, __or__, __ror__, __reversed__ = map(_of_the_data, (
         'keys', 'values', 'items', 'pop', 'popitem', 'copy', '__or__', '__ror__', '__reversed__'))
 
-    def update(self, *args: Any, **kwargs: Any) -> None:
+    def update(self, /, *args: Any, **kwargs: Any) -> None:
         visit, new = self._visit(), dict(*args, **kwargs)
         data = visit.load()
-        for key in new:
-            visit.touched.setdefault(key, data.get(key, _MISSING))
+        old = {key: data.get(key, _MISSING) for key in new}
+        visit.touched = {**old, **visit.touched}
         data.update(new)
 
     def __ior__(self, other: Any) -> Session:  # type: ignore[misc]
@@ -2386,18 +2420,6 @@ class Session(MutableMapping):  # type: ignore[type-arg]
 
     # About the object
 
-    @property
-    def lock_timeout(self) -> float:
-        """ Seconds that ``with session:`` waits for another request of the visitor. """
-        return self._lock_timeout
-
-    @lock_timeout.setter
-    def lock_timeout(self, seconds: float) -> None:
-        number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-        _require(number and 0 <= seconds <= 86400,
-                 'lock_timeout=%r: use a number of seconds, 0 or more', seconds)
-        self._lock_timeout = seconds
-
     def sweep(self, progress: Progress = None) -> int:
         """ Remove all sessions that have expired and return how many; requests
             remove them too, little by little. It works outside of requests. """
@@ -2411,8 +2433,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
                 requests.get(url, cookies=session.issue_cookie({'user': 'joe'}))
                 webtest.TestApp(app).set_cookie(*session.issue_cookie(...).popitem())
         """
-        visit = _Visit()
-        visit.session, visit.request, visit.touched = self, _Request(), {}
+        visit = _Visit(self, _Request(None, {}, None))
         visit.hand_out().update(data)
         if not visit.save():
             raise ValueError('issue_cookie() needs some data: an empty session is not stored')
@@ -2426,8 +2447,6 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         visit = request.visits.get(self)
         if visit is None:
             return _begin_visit(self, request)
-        if _CRASH in request.environ and not request.crashed:
-            request.roll_back()
         return visit
 
     def _loaded(self) -> _Visit:
@@ -2464,17 +2483,23 @@ class Session(MutableMapping):  # type: ignore[type-arg]
 
         return with_session
 
-    def _saves_itself(self, app: Any, route: Any) -> bool:
-        """ Tell whether a request of this app and route saves without being told. """
+    def _saves_itself(self, request: _Request) -> bool:
+        """ Tell whether this request saves without being told. """
         if self._seal.keeps_values:
             return True
-        plugins = list(app.plugins) if app else []
-        if route is not None:
-            if any(skip is True or skip is self or skip is Session or skip == self.name
-                   for skip in route.skiplist):
-                return False
+        plugins = list(request.app.plugins) if request.app else []
+        for route in *request.mounts, request.environ.get('bottle.route'):
+            if route is None:  # not found
+                continue
+            for skip in route.skiplist:
+                if skip is self or skip is Session or skip == self.name or (
+                        skip is True and route not in request.mounts):  # which have it anyway
+                    return False
             plugins += route.app.plugins + route.plugins
-        return any(plugin is self for plugin in plugins)
+        for plugin in plugins:
+            if plugin is self:
+                return True
+        return False
 
 
 def _utc(seconds: float) -> datetime:
@@ -2533,10 +2558,11 @@ def _make_store(mode: str | Store, sessions_dir: str | os.PathLike[str]) -> Stor
 # The one door: Bottle.wsgi, wrapped once. It sees each request begin and end, and
 # has the last word on the headers. The request that is running is in a ContextVar:
 # Bottle's `request` names the last one of a thread long after its end, and the
-# inner one after a route has called another app.
+# inner one after a route has called another app. What has crashed, and where, Bottle
+# tells nobody but the HTTPError that it makes of it.
 _bottle_wsgi = bottle.Bottle.wsgi
+_bottle_error = HTTPError.__init__
 _handle_code = bottle.Bottle._handle.__code__
-_CRASH = 'bottle.exc_info'  # what Bottle puts into the environ when a route crashed
 _GENERATED = itertools.chain, map, bottle._closeiter  # how Bottle hands over a generator
 _VARIES = re.compile(r'(?:^|[,\s])(?:cookie|\*)(?:$|[,\s])', re.I).search
 
@@ -2549,13 +2575,18 @@ def _raise_outside() -> NoReturn:
 class _Request:
     """ The request that is running: who visits, and how far it is. """
 
-    app: Any = None
-    environ: dict[str, Any] = {}
-    start_response: Any
-    visits: dict[Session, _Visit] = {}  # of nobody; the first visit makes one
-    sent = False         # the headers are
-    crashed = False      # and the visits know it
-    failure: Any = None  # the body of an error, instead of the route's
+    __slots__ = ('app', 'environ', 'start_response', 'mounts', 'visits', 'sent', 'crashed',
+                 'failed', 'before', 'failure')
+
+    def __init__(self, app: Any, environ: dict[str, Any], start_response: Any) -> None:
+        self.app, self.environ, self.start_response = app, environ, start_response
+        self.mounts: tuple[Any, ...] = ()  # the routes of mounted apps that led to this one
+        self.visits: dict[Session, _Visit] = _NOTHING
+        self.sent = False        # the headers are
+        self.crashed = False     # a route, a generator or an error handler is
+        self.failed = False      # the answer is an error of ours
+        self.before: Any = None  # the exception that was on its way when the request began
+        self.failure: Any = None  # the body of an error, instead of the route's
 
     def rule(self) -> str:
         route = self.environ.get('bottle.route')
@@ -2565,41 +2596,48 @@ class _Request:
         """ Tell whether an exception that the route did not catch is on its way through
             Bottle, which runs the hooks in between. """
         error = sys.exc_info()[1]
-        return error is not None and error.__traceback__ is not None \
-            and error.__traceback__.tb_frame.f_code is _handle_code
+        while error is not None and error is not self.before:
+            trace = error.__traceback__
+            if trace is not None and trace.tb_frame.f_code is _handle_code:
+                return True
+            error = error.__context__
+        return False
 
-    def roll_back(self) -> None:
+    def crash(self) -> None:
+        """ Forget what was not saved. """
         self.crashed = True
         for visit in self.visits.values():
             visit.roll_back()
 
     def start(self, status: str, headers: list[tuple[str, str]], exc_info: Any = None) -> Any:
         """ Save what is to be saved, and send the headers with ours. """
-        if self.visits and not self.sent:
+        if self.visits:
+            if exc_info and sys.exc_info()[1] is exc_info[1]:  # an error handler crashed
+                self.crash()
             try:
-                # Bottle does not tell where a generator's first chunk crashed.
-                self.finish(exc_info is not None or (
-                    status[:3] == '500' and bottle.response.body == 'Unhandled exception'), status)
+                self.finish(not self.crashed and not (self.failed and status[:3] == '503'))
             except Exception as error:
                 status, headers, exc_info = self._fail(error)
-            present, headers = dict(headers), headers[:]
+            present = dict(headers)
             for visit in self.visits.values():
                 if visit.cookie:
                     headers.append(('Set-Cookie', visit.cookie))
                     if 'Cache-Control' not in present:
                         headers.append(('Cache-Control', 'no-store'))
                         present['Cache-Control'] = ''
-                if visit.data is not None and not _VARIES(present.get('Vary', '')):
+                if visit.data is not None and not (
+                        'Vary' in present and _VARIES(present['Vary'])):
                     headers.append(('Vary', 'Cookie'))
                     present['Vary'] = 'Cookie'
-        self.sent = True
-        return self.start_response(status, headers, exc_info)
+        write = self.start_response(status, headers, exc_info)
+        self.sent = True  # a server may refuse the headers, then Bottle comes again
+        return write
 
-    def finish(self, crashed: bool, status: str = '') -> None:
+    def finish(self, saves: bool) -> None:
         """ Let the visits that may have changed something do what is left to do. """
         for visit in self.visits.values():
-            if visit.touched or visit.open or visit.due or visit.options != visit.head[2:4]:
-                visit.finish(not crashed and not (visit.failed and status[:3] == '503'))
+            if visit.touched or visit.open or visit.due or visit.options:
+                visit.finish(saves)
 
     def _fail(self, error: Exception) -> Any:
         """ Answer with this error instead. """
@@ -2616,21 +2654,24 @@ class _Request:
     def end(self) -> None:
         """ The request is over: nothing of it can be used any more. """
         for visit in self.visits.values():
+            if (visit.watched or visit.depth) and not self.crashed and not self.failed:
+                visit.warn_if_changed()
             if visit.held:
                 visit.let_go()
-        self.visits = {}
-        self.environ = {}
+        self.visits, self.environ = {}, {}
 
 
-_current = ContextVar('bottle_session.request', default=_Request())
+_current = ContextVar('bottle_session.request', default=_Request(None, {}, None))
 
 
 def _wsgi(app: bottle.Bottle, environ: dict[str, Any], start_response: Any) -> Any:
     """ The WSGI interface of Bottle, with sessions. """
-    if _current.get().environ is environ:  # a mounted app
-        return _bottle_wsgi(app, environ, start_response)
-    request = _Request()
-    request.app, request.environ, request.start_response = app, environ, start_response
+    outer, request = _current.get(), _Request(app, environ, start_response)
+    if outer.environ:
+        if outer.environ is environ:  # a mounted app
+            outer.mounts += environ.get('bottle.route'),
+            return _bottle_wsgi(app, environ, start_response)
+        request.before = sys.exc_info()[1]
     token = _current.set(request)
     body = None
     try:
@@ -2642,6 +2683,9 @@ def _wsgi(app: bottle.Bottle, environ: dict[str, Any], start_response: Any) -> A
         if type(body) is not list and isinstance(body, _GENERATED):
             body = _Body(request, body)
         return body  # a server must get a list or a file as it is
+    except BaseException:
+        request.crashed = True
+        raise
     finally:
         _current.reset(token)
         if type(body) is not _Body:
@@ -2650,7 +2694,14 @@ def _wsgi(app: bottle.Bottle, environ: dict[str, Any], start_response: Any) -> A
             request.environ = {}
 
 
+def _init_error(error: HTTPError, *args: Any, **kwargs: Any) -> None:
+    _bottle_error(error, *args, **kwargs)
+    if error.traceback:
+        _current.get().crash()
+
+
 bottle.Bottle.wsgi = _wsgi
+HTTPError.__init__ = _init_error
 
 
 def _begin_visit(session: Session, request: _Request) -> _Visit:
@@ -2667,8 +2718,7 @@ def _begin_visit(session: Session, request: _Request) -> _Visit:
         session._warned.add('processes')
         _log.warning("mode='memory' under a server with several processes: each of them has "
                      "sessions of its own. Use mode='file', or a redis URL for several hosts.")
-    visit = _Visit()
-    visit.session, visit.request, visit.touched = session, request, {}
+    visit = _Visit(session, request)
     request.visits = {**request.visits, session: visit}
     return visit
 
@@ -2678,7 +2728,6 @@ class _Body:
 
     def __init__(self, request: _Request, body: Any) -> None:
         self._request, self._body, self._chunks = request, body, iter(body)
-        self._crashed = False
 
     def __iter__(self) -> Iterator[bytes]:
         return self
@@ -2689,23 +2738,27 @@ class _Body:
     def close(self) -> None:
         try:
             self._resume(getattr(self._body, 'close', int))
-            self._resume(self._save)
+            self._resume(self._finish)
         finally:
             self._request.end()
 
-    def _save(self) -> None:
+    def _finish(self) -> None:
+        request = self._request
         try:
-            self._request.finish(self._crashed)
+            request.finish(not request.crashed)
         except SessionError as error:  # too late to answer with it
+            request.failed = True
             _log.warning('%s: a change after the first chunk was not saved: %s',
-                         self._request.rule(), error)
+                         request.rule(), error)
 
     def _resume(self, step: Callable[..., Any], *args: Any) -> Any:
         token = _current.set(self._request)
         try:
             return step(*args)
-        except BaseException as error:
-            self._crashed = self._crashed or not isinstance(error, StopIteration)
+        except StopIteration:
+            raise
+        except BaseException:
+            self._request.crashed = True
             raise
         finally:
             _current.reset(token)

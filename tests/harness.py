@@ -318,7 +318,8 @@ class Place:
 
     def records(self, kind=b's'):
         """ Return the stored sessions; b'm': the marks of moved ids, b'l': lists of log-ins. """
-        return {name: record for name, record in self.everything().items() if record[:1] == kind}
+        return {name: record for name, record in self.everything().items()
+                if record[:1] in (kind, (kind,))}
 
     def write(self, name, record):
         """ Put another record in place of what is stored, as an attacker might. """
