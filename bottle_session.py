@@ -608,8 +608,8 @@ class MemoryStore(Store):
 # the newest slot whose checksum is right, so it finds the old record or the new
 # one, whenever the process dies. No rename (ext4 takes 80 us for one) and no
 # temporary file. A record that does not fit into its slot goes behind the page,
-# where the current one is not; a small one returns to the page, and when both are
-# back in it the file is cut. A file without a whole record is none: whoever was
+# where the current one is not; a small one returns to the page, and what neither
+# slot needs any more is cut off. A file without a whole record is none: whoever was
 # making it died, and create() may go on with it.
 _PAGE = 4096
 _MAGIC = b'BSess 2\n'
@@ -959,7 +959,7 @@ if fcntl is not None:
     _LOCK, _UNLOCK = fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_UN
 
     def _unlink(path: str, fd: int | None) -> None:
-        if fd is not None:
+        if fd is not None and os.access(os.path.dirname(path), os.W_OK):
             os.ftruncate(fd, 0)  # tells those who have it open and wait for its lock
         os.unlink(path)
 
