@@ -648,7 +648,7 @@ class FileStore(Store):
             try:
                 page = os.read(fd, _PAGE)
                 record, _, torn = _newest(fd, page)
-                while torn and page != (again := _pread(fd, _PAGE, 0)):  # saves came between
+                while torn and page != (again := _pread(fd, _PAGE, 0)):  # a save came between
                     page = again
                     record, _, torn = _newest(fd, page)
                 return record
@@ -798,7 +798,7 @@ class _File:
             raise
 
     def check(self) -> int:
-        """ Return the size of a plain file that is still there, and, if new, for us alone. """
+        """ Return the size; OSError if it was removed or is no plain file. New ones get 0600. """
         state = os.fstat(self.fd)
         if not stat.S_ISREG(state.st_mode):
             raise OSError(errno.ENXIO, 'No plain file')
