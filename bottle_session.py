@@ -883,9 +883,13 @@ def _newest(fd: int, page: bytes) -> tuple[bytes | None, tuple[int, int, int, in
         newer = _TWO if page[_NUMBER_TWO] > page[_NUMBER_ONE] else _ONE
         for at in newer, _ONE + _TWO - newer:
             checksum, number, _, offset, length = _SLOT.unpack_from(page, at)
-            record = page[offset:offset + length] if offset < _PAGE else _pread(
-                fd, min(length, _MAX_RECORD), offset)
-            if zlib.crc32(record, zlib.crc32(page[at + 4:at + _SLOT.size])) == checksum:
+            end = offset + length
+            if end <= _PAGE:  # the record is behind its head
+                record, found = page[offset:end], zlib.crc32(page[at + 4:end])
+            else:
+                record = _pread(fd, min(length, _MAX_RECORD), offset)
+                found = zlib.crc32(record, zlib.crc32(page[at + 4:at + _SLOT.size]))
+            if found == checksum:
                 return record, (at, number, offset, length), at != newer
     return None if _NEW.startswith(page[:_PAGE]) else b'', _File.current, True
 
