@@ -651,6 +651,10 @@ class FileStore(Store):
                 while torn and page != (again := _pread(fd, _PAGE, 0)):  # a save came between
                     page = again
                     record, _, torn = _newest(fd, page)
+                if record == b'':  # damaged, unless somebody is just making it
+                    _flock(fd, _LOCK)
+                    record = _newest(fd, _pread(fd, _PAGE, 0))[0]
+                    _flock(fd, _UNLOCK)
                 return record
             finally:
                 os.close(fd)
@@ -1012,7 +1016,7 @@ else:  # Windows: a directory is for one process, and its locks are in a dict
         with _mutex:
             _held.pop(fd, None)
             if take and os.fstat(fd)[1:3] in _held.values():
-                raise BlockingIOError()
+                raise BlockingIOError(errno.EAGAIN, 'In use')
             if take:
                 _held[fd] = os.fstat(fd)[1:3]
 
