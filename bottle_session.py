@@ -651,10 +651,6 @@ class FileStore(Store):
                 while torn and page != (again := _pread(fd, _PAGE, 0)):  # a save came between
                     page = again
                     record, _, torn = _newest(fd, page)
-                if record == b'':  # damaged, unless somebody is just making it
-                    _flock(fd, _LOCK)
-                    record = _newest(fd, _pread(fd, _PAGE, 0))[0]
-                    _flock(fd, _UNLOCK)
                 return record
             finally:
                 os.close(fd)
@@ -893,7 +889,7 @@ def _newest(fd: int, page: bytes) -> tuple[bytes | None, tuple[int, int, int, in
             else:
                 record = _pread(fd, min(length, _MAX_RECORD), offset)
                 found = zlib.crc32(record, zlib.crc32(page[at + 4:at + _SLOT.size]))
-            if found == checksum:
+            if record and found == checksum:  # an empty slot has none
                 return record, (at, number, offset, length), at != newer
     return None if _NEW.startswith(page[:_PAGE]) else b'', _File.current, True
 
