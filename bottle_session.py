@@ -1093,43 +1093,39 @@ class RedisStore(Store):
         :param prefix: what the keys begin with.
     """
 
-    _LEASE = 30000  # milliseconds until a lock ends without its holder
+    _LEASE = 30000  # milliseconds until a lock ends without its holder, or a second less
     _SLOW = 0.3     # seconds; what fails later timed out, and is not tried again
     _PAUSE = 1.0    # seconds after a time-out in which nobody else waits for one
     _IDLE = 60.0    # seconds until a connection that nobody needs is closed
 
-    # KEYS[1] is a hash: r = record, l = the holder's token, u = its end in server ms.
-    # A command whose reply was lost is sent again, and finds its own record.
+    # KEYS[1]: r = record, l = the holder's token, u = its end (ms). A retry finds its own record.
     _CREATE = """
         local kind = redis.call('TYPE', KEYS[1]).ok
         if kind ~= 'none' and kind ~= 'hash' then redis.call('DEL', KEYS[1]) end
-        if redis.call('HSETNX', KEYS[1], 'r', ARGV[1]) == 1 then
-            return redis.call('PEXPIRE', KEYS[1], math.floor(ARGV[2] * 1000)) end
-        return redis.call('HGET', KEYS[1], 'r') == ARGV[1]"""
-    # A lock that ends later than ours could, or never, is none of ours.
+        if redis.call('HSETNX', KEYS[1], 'r', ARGV[1]) == 0 then
+            return redis.call('HGET', KEYS[1], 'r') == ARGV[1] end
+        return redis.call('PEXPIRE', KEYS[1], ARGV[2])"""
     _READ = """
-        local record, lock, till = unpack(redis.call('HMGET', KEYS[1], 'r', 'l', 'u'))
+        local record, l, u = unpack(redis.call('HMGET', KEYS[1], 'r', 'l', 'u'))
         if not record then return end
-        local time = redis.call('TIME')
-        local now = time[1] * 1000 + math.floor(time[2] / 1000)
-        local left = (tonumber(till) or 0) - now
-        if lock and lock ~= ARGV[1] and left > 0 and left <= 30000 then return 2 end"""
+        local left = l and l ~= ARGV[1] and (tonumber(u) or 0) - redis.call('TIME')[1] * 1000 or 0
+        if left > 0 and left <= 30000 then return 2 end  -- a later one is none of ours"""
     _REPLACE = _READ + """
         if record == ARGV[3] then return 1 end
         if record:sub(1, 16) ~= ARGV[2] then return record end
         redis.call('HSET', KEYS[1], 'r', ARGV[3])
-        return redis.call('PEXPIRE', KEYS[1], math.floor(ARGV[4] * 1000))"""
+        return redis.call('PEXPIRE', KEYS[1], ARGV[4])"""
     _REMOVE = """
         local record = redis.call('HGET', KEYS[1], 'r')
         return record and record:sub(1, 16) == ARGV[1] and redis.call('DEL', KEYS[1])"""
     _LOCK = _READ + """
-        redis.call('HSET', KEYS[1], 'l', ARGV[1], 'u', now + ARGV[2])
+        redis.call('HSET', KEYS[1], 'l', ARGV[1], 'u', redis.call('TIME')[1] * 1000 + ARGV[2])
         return record"""
     _UNLOCK = """
         return redis.call('HGET', KEYS[1], 'l') == ARGV[1] and redis.call('HDEL', KEYS[1], 'l')"""
     _REMEDIES = {
         'ermission|ACL|run this': 'let its user do that: ACL SETUSER (name) ~(prefix)* +hget +del '
-        '+hset +hsetnx +hmget +hdel +type +pexpire +time +eval +ping +info +scan +dbsize',
+        '+hset +hsetnx +hmget +hdel +type +pexpire +time +eval +evalsha +ping +info +scan +dbsize',
         'Authentication': 'AUTH was refused: check user and password in the URL or the client',
         'OutOfMemory|OOM': 'raise maxmemory',
         'onnection refused|not known': 'start the server, or check host and port'}
@@ -1142,49 +1138,52 @@ class RedisStore(Store):
             raise ImportError("redis needs a package: pip install 'redis[hiredis]'") from error
         _require(isinstance(prefix, str), 'prefix must be a str, not %s', _kind(prefix), TypeError)
         if isinstance(client, str):
-            _require(re.fullmatch(r'unix://[^#]+|(?!unix)\w+://[^/#]*(/\d*)?([?][^#]*)?', client),
-                     'redis URL: after the host comes /database, a number; in a password / is '
-                     'written %%2F and # %s', '%23')
-            try:  # redis-py says some of what is wrong only when it connects
+            _require(re.fullmatch(r'(unix://[^?#]+|(?!unix)[\w+-]+://[^/?#]*(?<!:0)(/\d*)?)'
+                                  r'([?]\w+=[^&#]+(&\w+=[^&#]+)*)?', client),
+                     'redis URL: after the host come :port, 1 to 65535, /database, a number, and '
+                     '?option=value; in a password / is written %%2F, ? %%3F and # %s', '%23')
+            try:  # redis-py says some of what is wrong only when it connects, or never
                 client = redis.Redis.from_url(re.sub('^valkey', 'redis', client))
                 client.connection_pool.make_connection()
+                for option, value in client.connection_pool.connection_kwargs.items():
+                    if type(value) is float and not value > 0 or type(value) is int and value < 0:
+                        raise ValueError('%s cannot be %s' % (option, value))
             except Exception as error:
                 raise ValueError('This redis URL cannot be used: %s' % error) from error
         _require(isinstance(client, (redis.Redis, redis.RedisCluster))
                  and not client.get_encoder().decode_responses, 'client must be a URL, a redis.'
                  'Redis or a RedisCluster, without decode_responses=True, not %s', _kind(client))
-        self.client: Any = client
-        self._prefix = prefix
+        self.client, self._prefix = client, prefix
         self._pool: Any = getattr(client, 'connection_pool', None)  # a cluster: one a node
-        self._refusal = redis.ResponseError
+        self._pack: Any = getattr(sys.modules.get('hiredis'), 'pack_command', None)
+        self._known: dict[str, tuple[str, str]] = {}  # scripts that the server has got
         self._settings = self._calm(redis.retry.Retry(redis.backoff.NoBackoff(), 0))
         self._free: list[tuple[float, Any]] = []
         self._left_locked: deque[tuple[str, bytes]] = deque(maxlen=20)
         self._silent_until = 0.0
         with suppress(StoreError):  # what is wrong is in the log early
-            info = str(self._ask('INFO', 'memory'))
+            info = str(self._ask(('INFO', 'memory')))
             for policy in set(re.findall(r'maxmemory_policy\W+([\w-]+)', info)) - {'noeviction'}:
                 _log.warning('redis: maxmemory-policy %s loses sessions; use noeviction', policy)
 
     def load(self, name: str) -> bytes | None:
-        return self._ask('HGET', self._prefix + name, 'r')  # type: ignore[no-any-return]
+        return self._ask(('HGET', self._prefix + name, 'r'))  # type: ignore[no-any-return]
 
     def create(self, name: str, record: bytes, expires: float, durable: bool = False) -> bool:
-        return bool(self._run(self._CREATE, name, record, expires - time.time()))
+        return bool(self._run(self._CREATE, name, record, int(1000 * (expires - self.clock()))))
 
     def replace(self, name: str, version: bytes, record: bytes, expires: float,
                 lock: Any = None, durable: bool = False) -> bytes | None:
-        reply = self._run(self._REPLACE, name, lock or b'', version, record, expires - time.time())
+        ttl = int(1000 * (expires - self.clock()))
+        reply = self._run(self._REPLACE, name, lock or b'', version, record, ttl)
         return record if reply == 1 else reply
 
     def remove(self, name: str, version: bytes | None = None) -> bool:
-        if version is None:
-            return bool(self._ask('DEL', self._prefix + name))
-        return bool(self._run(self._REMOVE, name, version))
+        return bool(self._ask(('DEL', self._prefix + name)) if version is None
+                    else self._run(self._REMOVE, name, version))
 
     def lock(self, name: str) -> tuple[bytes, bytes] | None:
-        token = os.urandom(12)
-        record = self._run(self._LOCK, name, token, self._LEASE)
+        record = self._run(self._LOCK, name, token := os.urandom(12), self._LEASE)
         return (token, record) if record else None
 
     def unlock(self, name: str, lock: bytes) -> None:
@@ -1195,50 +1194,54 @@ class RedisStore(Store):
             nodes = map(self.client.get_redis_connection, self.client.get_primaries())
             return 0, sum(RedisStore(node, self._prefix).sweep(now, progress)[1] for node in nodes)
         pattern = re.sub(r'([][*?\\^-])', r'\\\1', self._prefix) + '?' * 64
-        size, seen, left, cursor = self._ask('DBSIZE'), 0, 0, None
+        size, seen, left, cursor = self._ask(('DBSIZE',)), 0, 0, None
         while cursor != b'0':
-            cursor, keys = self._ask('SCAN', cursor or 0, 'MATCH', pattern, 'COUNT', 1000)
-            left += sum((self._ask('HGET', key, 'r') or b'')[:1] == _SESSION for key in keys)
+            cursor, keys = self._ask(('SCAN', cursor or 0, 'MATCH', pattern, 'COUNT', 1000))
+            left += sum((self._ask(('HGET', key, 'r')) or b'')[:1] == _SESSION for key in keys)
             seen += 1000
             if progress:
                 progress(min(1.0, seen / size) if cursor != b'0' else 1.0)
         return 0, left  # the server removes them
 
     def _run(self, script: str, name: str, *args: Any) -> Any:
+        whole = 'EVAL', script, 1, self._prefix + name, *args
         try:
-            reply = self._ask('EVAL', script, 1, self._prefix + name, *args)
+            reply = self._ask((*self._known.get(script, whole[:2]), *whole[2:]), whole)
         except BaseException:
             if script in (self._LOCK, self._UNLOCK):  # nobody knows whether a lock is left
                 self._left_locked.append((name, args[0]))
             raise
+        if script not in self._known:
+            self._known[script] = 'EVALSHA', hashlib.sha1(script.encode()).hexdigest()
         if reply == 2:
             raise SessionBusy()
         return reply
 
-    def _ask(self, *command: Any) -> Any:
-        """ Send a command, once more if its connection was lost, and return the reply. """
+    def _ask(self, command: tuple[Any, ...], whole: tuple[Any, ...] = ()) -> Any:
+        """ Send a command, once more (whole) if its connection was lost, and return the reply. """
         start, maybe_done = time.monotonic(), False
         if start < self._silent_until:
             raise StoreError()
-        for again in True, False:
+        for again, sent in (True, command), (False, whole or command):
             connection = None
             try:
-                connection = self.client if self._pool is None else self._connection(start)
-                if connection is self.client:
-                    reply = connection.execute_command(*command)
+                if self._pool is None:
+                    reply = self.client.execute_command(*sent)
                 else:
-                    connection.send_command(*command)
+                    connection = self._connection(start)
+                    connection.send_packed_command(
+                        [self._pack(sent)] if self._pack else connection.pack_command(*sent))
                     reply = connection.read_response()
                     self._free.append((start, connection))  # after an error it is dropped
                 break
             except Exception as error:
                 self._free = []  # the others are lost, too, or lead to a master of yesterday
-                answered = isinstance(error, self._refusal)
-                maybe_done |= connection is not None and not answered
+                answered = isinstance(error, sys.modules['redis'].ResponseError)
+                maybe_done |= not (answered or self._pool and connection is None)
                 if time.monotonic() - start > self._SLOW and not answered:
                     again, self._silent_until = False, time.monotonic() + self._PAUSE
-                if not again or answered and 'readonly' not in repr(error).lower():
-                    return self._fail(command[0], error, maybe_done)
+                if not again or answered and not re.search('(?i)readonly|noscript', repr(error)):
+                    return self._fail(sent[0], error, maybe_done)
         if self._left_locked:
             with suppress(StoreError, IndexError):
                 self.unlock(*self._left_locked.pop())
@@ -1257,13 +1260,14 @@ class RedisStore(Store):
 
     def _connection(self, now: float) -> Any:
         """ Return one that nobody uses. redis-py's own pool costs three times as much. """
-        with suppress(IndexError):
+        try:
             while self._free[0][0] < now - self._IDLE or self._free[0][1].pid != os.getpid():
                 self._free.pop(0)[1].disconnect()
             return self._free.pop()[1]
-        connection = self._pool.connection_class(**self._settings)
-        connection.connect()
-        return connection
+        except IndexError:
+            connection = self._pool.connection_class(**self._settings)
+            connection.connect()
+            return connection
 
     def _calm(self, retry: Any) -> dict[str, Any]:
         """ Return how to connect: one try, and two seconds for all that are asked in turn. """
@@ -1381,6 +1385,7 @@ _MONTH = 31 * _DAY  # that a clock may be wrong for a while
 _MARK = 60.0        # seconds that a moved id reads as empty
 _BLOCK = 3600.0     # seconds after which a log-in that began has ended, or its process
 _MISSING = object()
+_NOTHING: dict[Any, Any] = {}  # never changed
 
 Login = namedtuple('Login', 'id created used note here')
 #: What a list says of a session; times in seconds since the epoch.
@@ -1602,35 +1607,37 @@ class _Visit:
         out and can be changed inside.
     """
 
-    # Most requests change few of these, so the class holds the values at first.
-    data: Any = None                    # a dict; None: not asked for yet
-    id: str | None = None               # of the stored session
-    name = ''                           # in the store
-    record: Any = None                  # as it is stored
-    head = _NO_HEAD
-    payload: Any = None
-    older = False                       # an older secret sealed it
-    expires = 0.0                       # if it is not used any more
-    due = False                         # this use is to be recorded
-    options: dict[str, float] = {}      # what the head is to say instead
-    open = False                        # the whole dict was handed out: keys may be added
-    parsed: dict[Any, Any] | None = None  # the payload, loaded once more
-    forms: dict[Any, bytes] = {}        # canonical, of values that are stored
-    fresh = forms                       # and of the same as they are now
-    dumped: tuple[Any, ...] = {}, None, {}  # data, parsed and forms of what is being saved
-    ended = False                       # by another request: nothing can be stored
-    moved = False                       # the browser sent an id that has just got a new one
-    born = False                        # the id was made in this request
-    cookie: str | None = None           # what to tell the browser
-    why = 'the browser sent no cookie of ours'
-    depth = 0                           # of `with` blocks
-    watched = False                     # nothing saves it by itself
-    snapshot: tuple[Any, Any] = None, options  # what a failed block goes back to
-    held: tuple[str, Any, Any] | None = None   # name, the store's lock, process
+    __slots__ = ('session', 'request', 'data', 'id', 'name', 'record', 'head', 'payload', 'older',
+                 'expires', 'due', 'options', 'touched', 'open', 'parsed', 'forms', 'fresh',
+                 'dumped', 'ended', 'moved', 'born', 'cookie', 'why', 'watched', 'depth',
+                 'snapshot', 'held')
 
     def __init__(self, session: Session, request: _Request) -> None:
         self.session, self.request = session, request
+        self.data: Any = None       # a dict; None: not asked for yet
+        self.id: str | None = None  # of the stored session
+        self.name = ''              # in the store
+        self.record: Any = None     # as it is stored
+        self.head = _NO_HEAD
+        self.payload: Any = None
+        self.older = False          # an older secret sealed it
+        self.expires = 0.0          # if it is not used any more
+        self.due = False            # this use is to be recorded
+        self.options = _NOTHING     # what the head is to say instead
         self.touched: dict[Any, Any] = {}
+        self.open = False           # the whole dict was handed out: keys may be added
+        self.parsed: dict[Any, Any] | None = None  # the payload, loaded once more
+        self.forms = self.fresh = _NOTHING  # canonical, of what is stored and what is now
+        self.dumped: tuple[Any, ...] = _NOTHING, None, _NOTHING  # data, parsed, forms to store
+        self.ended = False          # by another request: nothing can be stored
+        self.moved = False          # the browser sent an id that has just got a new one
+        self.born = False           # the id was made in this request
+        self.cookie: str | None = None  # what to tell the browser
+        self.why = 'the browser sent no cookie of ours'
+        self.watched = False        # nothing saves it by itself
+        self.depth = 0              # of `with` blocks
+        self.snapshot: Any = None   # data and options that a failed block goes back to
+        self.held: Any = None       # name, the store's lock, process
 
     # Loading, and what changed since
 
@@ -1692,7 +1699,7 @@ class _Visit:
     def changes(self) -> list[Any]:
         """ Return the keys whose values differ from what is stored. """
         touched, data, changed = self.touched, self.data, []
-        self.fresh = _Visit.forms
+        self.fresh = _NOTHING
         if self.open:
             touched = {**dict.fromkeys(data, _MISSING), **touched}
         for key, old in touched.items():
@@ -1832,7 +1839,7 @@ class _Visit:
             value = saved.get(key, _MISSING)
             if type(value) not in _PLAIN and not keeps or value is not data.get(key, _MISSING):
                 touched[key] = value
-        self.touched, self.due, self.options = touched, False, _Visit.options
+        self.touched, self.due, self.options = touched, False, _NOTHING
         if self.depth:
             self.snapshot = self.payload, self.options
 
@@ -1888,8 +1895,8 @@ class _Visit:
         try:
             self._put(self.payload, None)
         except _Unavailable as error:
-            _log.warning('session %s: its use could not be recorded: %s',
-                         _public(self.name), error)
+            _log.log(logging.INFO if isinstance(error, SessionBusy) else logging.WARNING,
+                     'session %s: its use could not be recorded: %s', _public(self.name), error)
         self.options, self.due = options, False
 
     # New ids, and the end
@@ -1996,7 +2003,7 @@ class _Visit:
         self.ended = self.moved = self.older = self.born = False
         self.head, self.payload, self.data = _NO_HEAD, None, {} if self.data is None else self.data
         self.data.clear()
-        self.dumped = _Visit.dumped
+        self.dumped = _NOTHING, None, _NOTHING
         self._settle()
         if self.cookie or session.cookie_name + '=' in environ.get('HTTP_COOKIE', ''):
             self.cookie = session._cookie.line(_is_https(environ), '', 0)
@@ -2498,7 +2505,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
                 requests.get(url, cookies=session.issue_cookie({'user': 'joe'}))
                 webtest.TestApp(app).set_cookie(*session.issue_cookie(...).popitem())
         """
-        visit = _Visit(self, _Request())
+        visit = _Visit(self, _Request(None, {}, None))
         visit.hand_out().update(data)
         if not visit.save():
             raise ValueError('issue_cookie() needs some data: an empty session is not stored')
@@ -2640,16 +2647,18 @@ def _raise_outside() -> NoReturn:
 class _Request:
     """ The request that is running: who visits, and how far it is. """
 
-    app: Any = None
-    environ: dict[str, Any] = {}
-    start_response: Any
-    mounts: tuple[Any, ...] = ()  # the routes of mounted apps that led to the present one
-    visits: dict[Session, _Visit] = {}  # of nobody; the first visit makes one
-    sent = False         # the headers are
-    crashed = False      # a route, a generator or an error handler is
-    failed = False       # the answer is an error of ours
-    before: Any = None   # the exception that was on its way when the request began
-    failure: Any = None  # the body of an error, instead of the route's
+    __slots__ = ('app', 'environ', 'start_response', 'mounts', 'visits', 'sent', 'crashed',
+                 'failed', 'before', 'failure')
+
+    def __init__(self, app: Any, environ: dict[str, Any], start_response: Any) -> None:
+        self.app, self.environ, self.start_response = app, environ, start_response
+        self.mounts: tuple[Any, ...] = ()  # the routes of mounted apps that led to this one
+        self.visits: dict[Session, _Visit] = _NOTHING
+        self.sent = False        # the headers are
+        self.crashed = False     # a route, a generator or an error handler is
+        self.failed = False      # the answer is an error of ours
+        self.before: Any = None  # the exception that was on its way when the request began
+        self.failure: Any = None  # the body of an error, instead of the route's
 
     def rule(self) -> str:
         route = self.environ.get('bottle.route')
@@ -2724,18 +2733,17 @@ class _Request:
         self.visits, self.environ = {}, {}
 
 
-_current = ContextVar('bottle_session.request', default=_Request())
+_current = ContextVar('bottle_session.request', default=_Request(None, {}, None))
 
 
 def _wsgi(app: bottle.Bottle, environ: dict[str, Any], start_response: Any) -> Any:
     """ The WSGI interface of Bottle, with sessions. """
-    outer, request = _current.get(), _Request()
+    outer, request = _current.get(), _Request(app, environ, start_response)
     if outer.environ:
         if outer.environ is environ:  # a mounted app
             outer.mounts += environ.get('bottle.route'),
             return _bottle_wsgi(app, environ, start_response)
         request.before = sys.exc_info()[1]
-    request.app, request.environ, request.start_response = app, environ, start_response
     token = _current.set(request)
     body = None
     try:

@@ -335,42 +335,6 @@ def test_a_subclass_may_have_properties_and_no_other_attribute_can_be_set(place)
     assert visitor.do(lambda: (session.user, session.is_known)) == ('joe', True)
 
 
-@sealed_two
-def test_a_route_can_apply_and_skip_the_session_without_a_list(session):
-    app = bottle.Bottle()
-    app.route('/applied', callback=lambda: session.update(n=1), apply=session)
-    app.install(session)
-    app.route('/skipped', callback=lambda: session.update(n=2), skip=session)
-    visitor = Browser(session, app=app)
-    for path, n in ('/applied', 1), ('/skipped', 1):
-        assert visitor.get(path).status == 200 and visitor.data() == {'n': n}
-
-
-@three_stores
-def test_the_session_is_true_outside_of_requests_and_in_them_if_there_is_data(session):
-    assert session
-    assert Browser(session).do(lambda: bool(session)) is False
-    assert known(session, n=0).do(lambda: bool(session)) is True
-
-
-@three_stores
-def test_a_route_behind_a_decorator_without_wraps_is_given_the_session(session):
-    def bare(function):
-        return lambda *args, **kwargs: function(*args, **kwargs)
-
-    app = bottle.Bottle()
-    app.install(session)
-
-    @app.route('/<name>')
-    @bare
-    @bare
-    def route(name, session):
-        session['user'] = name
-
-    visitor = Browser(session, app=app)
-    assert visitor.get('/joe').status == 200 and visitor.data() == {'user': 'joe'}
-
-
 COPIES = {'copy': copy.copy, 'deepcopy': copy.deepcopy, 'pickle': pickle.dumps,
           'inside a value': lambda session: copy.deepcopy({'a': [session]})}
 
