@@ -544,7 +544,7 @@ class MemoryStore(Store):
                 return False
             self._records[name] = record, expires
             for oldest in list(itertools.islice(self._records, 2)):  # faster than it grows
-                self._drop_expired(oldest, time.time())
+                self._drop_expired(oldest, self.clock())
             return True
 
     def replace(self, name: str, version: Any, record: Any, expires: float,
@@ -608,19 +608,23 @@ class MemoryStore(Store):
 # the newest slot whose checksum is right, so it finds the old record or the new
 # one, whenever the process dies. No rename (ext4 takes 80 us for one) and no
 # temporary file. A record that does not fit into its slot goes behind the page,
-# where the current one is not; a small one returns to the page, and when both are
-# back in it the file is cut. A file without a whole record is none: whoever was
+# where the current one is not; a small one returns to the page, and what neither
+# slot needs any more is cut off. A file without a whole record is none: whoever was
 # making it died, and create() may go on with it.
 _PAGE = 4096
 _MAGIC = b'BSess 2\n'
-_SLOT = struct.Struct('>IQdII')  # checksum of the rest and the record, number, expires,
-_SLOTS = len(_MAGIC), _PAGE // 2  # offset and length of the record
+_NEW = _MAGIC.ljust(_PAGE, b'\0')  # the page of a file without a record
+_ONE, _TWO = len(_MAGIC), _PAGE // 2  # where the slots begin
+#: A head: checksum of the rest and the record, number, expires, the record's offset and length.
+_SLOT = struct.Struct('>IQdII')
+_NUMBER_ONE, _NUMBER_TWO = (slice(at + 4, at + 12) for at in (_ONE, _TWO))
+_SMALL = _TWO - _ONE - _SLOT.size  # bytes of a record that fits into either slot
 _MAX_RECORD = 64 * 1024 * 1024   # bytes; a bigger one is foreign, or a mistake
 _READING = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in (
     'O_CLOEXEC', 'O_NOFOLLOW', 'O_NONBLOCK', 'O_NOCTTY', 'O_BINARY', 'O_NOINHERIT'))
 _WRITING = _READING | os.O_RDWR
 #: What opening or reading something that is no plain file says.
-_NO_FILE = {errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EAGAIN}
+_NO_FILE = {errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EAGAIN, errno.ESPIPE}
 
 
 class FileStore(Store):
@@ -634,9 +638,7 @@ class FileStore(Store):
         self.directory = os.path.abspath(os.fspath(directory))
         if os.path.lexists(self.directory) and not os.path.isdir(self.directory):
             raise ValueError('sessions_dir=%r is not a directory' % self.directory)
-        self._prefix = self.directory + os.sep
-        self._cleaner = self._paths()
-        self._cleaning = threading.Lock()
+        self._cleaner = self._swept(lambda: self.clock())
         self._cleaned = 0.0
 
     def load(self, name: str) -> bytes | None:
@@ -645,332 +647,225 @@ class FileStore(Store):
             fd = os.open(path, _READING)
             try:
                 page = os.read(fd, _PAGE)
-                record = _read_slot(fd, page, _newer_slot(page))
-                return record or _load_again(path, fd, page)
+                record, _, torn = _newest(fd, page)
+                while torn and page != (again := _pread(fd, _PAGE, 0)):  # saves came between
+                    page = again
+                    record, _, torn = _newest(fd, page)
+                return record
             finally:
                 os.close(fd)
         except OSError as error:
-            _absent(path, error)
+            _absent('read', path, error)
             return None
 
     def create(self, name: str, record: bytes, expires: float, durable: bool = False) -> bool:
-        path, fd = self._path(name), None
+        path = self._path(name)
         try:
-            fd, size = _open_locked(path, _WRITING | os.O_CREAT)
-            if fd is None or size and _newest(fd, _pread(fd, _PAGE, 0))[1]:
-                return False
+            file = _make_file(path)
             try:
-                _fill_slot(fd, _SLOTS[0], 1, expires, record, _PAGE)
+                file.save(record, expires)
                 if durable:
-                    os.fsync(fd)
+                    os.fsync(file.fd)
                     _sync_directory(os.path.dirname(path))
                     _sync_directory(self.directory)
             except BaseException:
-                _unlink(path, fd)
+                _unlink(path, file.fd)
                 raise
-        except SessionBusy:  # somebody else makes it
+            finally:
+                file.close()
+        except (FileExistsError, SessionBusy):  # busy: somebody else makes it
             return False
         except OSError as error:
             raise _failed('create', path, error) from error
-        finally:
-            _close_locked(fd)
         self._clean_a_little()
         return True
 
     def replace(self, name: str, version: bytes, record: bytes, expires: float,
                 lock: Any = None, durable: bool = False) -> bytes | None:
-        path, fd = self._path(name), None
+        path = self._path(name)
         try:
-            fd, size = _open_locked(path, _WRITING) if lock is None else lock
-            page = b'' if fd is None else _pread(fd, _PAGE, 0)
-            if not page or lock is not None and not os.fstat(fd).st_nlink:
-                return None
-            at, stored = _newest(fd, page)
-            if stored[:_VERSION] != version:
-                return stored
-            _fill_other(fd, page, at, expires, record, size)
-            if durable:
-                _sync_what_is_done(_fdatasync, fd, path)
+            file = lock or _File(path)
+            try:
+                if lock and not lock.check():  # Windows ended it in place
+                    return None
+                if file.record[:_VERSION] != version:
+                    return bytes(file.record)
+                file.save(record, expires)
+                if durable:
+                    _sync_what_is_done(_fdatasync, file.fd, path)
+            finally:
+                if not lock:
+                    file.close()
         except OSError as error:
-            raise _failed('write', path, error) from error
-        finally:
-            _close_locked(fd if lock is None else None)
+            _absent('write', path, error)
+            return None
         self._clean_a_little()
         return record
 
     def remove(self, name: str, version: bytes | None = None) -> bool:
-        path, fd = self._path(name), None
+        path, file = self._path(name), None
         try:
             if version is not None:
-                fd, _ = _open_locked(path, _WRITING)
-                if fd is None or _newest(fd, _pread(fd, _PAGE, 0))[1][:_VERSION] != version:
+                file = _File(path)
+                if file.record[:_VERSION] != version:
                     return False
-            _unlink(path, fd)
+            _unlink(path, file.fd if file else None)
         except OSError as error:
-            _absent(path, error)
+            _absent('remove', path, error)
             return False
         finally:
-            _close_locked(fd)
+            if file:
+                file.close()
         _sync_what_is_done(_sync_directory, os.path.dirname(path), path)
         return True
 
     def lock(self, name: str) -> tuple[Any, bytes] | None:
-        path, fd, held = self._path(name), None, False
+        path = self._path(name)
         try:
-            fd, size = _open_locked(path, _WRITING)
-            page = b'' if fd is None else _pread(fd, _PAGE, 0)
-            if not page:
-                return None
-            record = _newest(fd, page)[1]
-            held = True
-            return (fd, size), record
+            file = _File(path)
         except OSError as error:
-            raise _failed('lock', path, error) from error
-        finally:
-            _close_locked(None if held else fd)
+            _absent('lock', path, error)
+            return None
+        return file, file.record
 
     def unlock(self, name: str, lock: Any) -> None:
-        _close_locked(lock[0])
+        lock.close()
 
     def sweep(self, now: float, progress: Progress = None) -> tuple[int, int]:
-        went = left = 0
-        for path in self._paths(progress):
-            kind, removed = _remove_if_expired(path, now)
-            went += removed and kind == _SESSION
-            left += not removed and kind == _SESSION
-        return went, left
+        went = [gone for kind, gone in self._swept(lambda: now, progress) if kind == _SESSION]
+        return sum(went), len(went) - sum(went)
 
     def _path(self, name: str) -> str:
-        return '%s%s/%s' % (self._prefix, name[:2], name[2:])
+        if fcntl is None:
+            _claim(self.directory)  # type: ignore[unreachable]
+        return '%s/%s/%s' % (self.directory, name[:2], name[2:])
 
-    def _paths(self, progress: Progress = None) -> Iterator[str]:
-        """ Yield the path of everything that is named like a session. """
-        start = 0 if progress else os.urandom(1)[0]
-        for step in range(256):
-            directory = self._path('%02x' % ((start + step) % 256))
+    def _swept(self, clock: Callable[[], float], progress: Progress = None
+               ) -> Iterator[tuple[bytes, bool]]:
+        """ Remove what has expired; yield what `_remove_if_expired` says of each file. """
+        for done, shard in enumerate(random.sample(range(256), 256), 1):
+            directory = self._path('%02x' % shard)
             try:
                 with os.scandir(directory) as entries:
                     for entry in entries:
                         if len(entry.name) == 62 and entry.is_file(follow_symlinks=False):
-                            yield entry.path
-            except (FileNotFoundError, NotADirectoryError):
+                            yield _remove_if_expired(entry.path, clock())
+            except NotADirectoryError:
                 pass
             except OSError as error:
-                raise _failed('list', directory, error) from error
+                _absent('list', directory, error)
             if progress:
-                progress((step + 1) / 256)
+                progress(done / 256)
 
     def _clean_a_little(self) -> None:
         """ Remove expired sessions for two milliseconds, once a second. """
-        now = time.time()
-        if abs(now - self._cleaned) < 1 or not self._cleaning.acquire(blocking=False):
+        now = self.clock()
+        if abs(now - self._cleaned) < 1:
             return
-        try:
-            self._cleaned = now
-            end = time.perf_counter() + 0.002
-            for path in self._cleaner:
-                if _remove_if_expired(path, now)[1]:
-                    _log.debug('removed what has expired: %s', path)
+        self._cleaned, end = now, time.perf_counter() + 0.002
+        with suppress(StoreError, ValueError):  # it is in the log; another thread is at it
+            for _ in self._cleaner:
                 if time.perf_counter() >= end:
                     return
-            self._cleaner = self._paths()
-        except StoreError as error:
-            _log.warning('cleaning failed: %s', error)
+            self._cleaner = self._swept(lambda: self.clock())
+
+
+class _File:
+    """ A session's file, open and with its lock taken. """
+
+    record = b''             # the newest whole one
+    current = _TWO, 0, 0, 0  # its slot: where it begins, its number, the record's offset, length
+    longer = False           # than a page
+
+    def __init__(self, path: str, new: bool = False) -> None:
+        """ Raise FileNotFoundError without a record, or FileExistsError if it was to be new. """
+        self.fd = os.open(path, _WRITING | os.O_CREAT if new else _WRITING, 0o600)
+        try:
+            _flock(self.fd, _LOCK)
+            if new and not self.check():
+                return
+            page = _pread(self.fd, _PAGE + 1, 0)
+            record, self.current, _ = _newest(self.fd, page)
+            if new and record:
+                raise FileExistsError()
+            if not new and record is None:
+                raise FileNotFoundError(errno.ENOENT, 'It was removed meanwhile')
+            self.record, self.longer = record or b'', len(page) > _PAGE
+        except BaseException as error:
+            self.close()
+            if isinstance(error, BlockingIOError):
+                raise SessionBusy() from None
+            raise
+
+    def check(self) -> int:
+        """ Return the size of a plain file that is still there, and, if new, for us alone. """
+        state = os.fstat(self.fd)
+        if not stat.S_ISREG(state.st_mode):
+            raise OSError(errno.ENXIO, 'No plain file')
+        if not state.st_nlink:
+            raise FileNotFoundError(errno.ENOENT, 'It was removed meanwhile')
+        if not self.record and stat.S_IMODE(state.st_mode) != 0o600:  # the umask
+            _chmod(self.fd, 0o600)
+        return state.st_size
+
+    def save(self, record: bytes, expires: float) -> None:
+        """ Write the record into the slot that is not current, or behind the page. """
+        at, number, taken, length = self.current
+        at = _ONE + _TWO - at  # the other one
+        offset, inside = at + _SLOT.size, record
+        try:
+            if len(record) > _SMALL:
+                offset, inside = self._write_big(record), b''
+            head = _SLOT.pack(0, number + 1, expires, offset, len(record))[4:]
+            slot = zlib.crc32(record, zlib.crc32(head)).to_bytes(4, 'big') + head + inside
+            if number:
+                self._write(slot, at)
+            else:
+                self._write((_MAGIC + slot).ljust(_PAGE, b'\0'), 0)
+            self.record, self.current = record, (at, number + 1, offset, len(record))
         finally:
-            self._cleaning.release()
+            if self.longer:  # give back what neither slot needs, also if the disk is full
+                end = max(_PAGE, taken + length, sum(self.current[2:]))
+                os.ftruncate(self.fd, end)
+                self.longer = end > _PAGE
+
+    def _write_big(self, record: bytes) -> int:
+        """ Write it behind the page, where the current record is not; return where. """
+        if len(record) > _MAX_RECORD:
+            raise SessionError('The session is too big: %d bytes of at most %d. Keep big things '
+                               'elsewhere and their names here.' % (len(record), _MAX_RECORD))
+        _, number, taken, length = self.current
+        offset, self.longer = _PAGE, True
+        if taken >= _PAGE:
+            _fdatasync(self.fd)  # its only other copy goes: a power cut could tear both
+            if taken < _PAGE + len(record):
+                offset = -(-(taken + length) // _PAGE) * _PAGE
+        elif not number:
+            self._write(_NEW, 0)
+        self._write(record, offset)
+        return offset
+
+    def _write(self, data: bytes, offset: int) -> None:
+        """ Write all of it; a nearly full disk takes only a part at first. """
+        written = _pwrite(self.fd, data, offset)
+        if written < len(data):
+            self._write(data[written:], offset + written)
+
+    def close(self) -> None:
+        """ Let go of the lock, also where a forked child shares it. """
+        _flock(self.fd, _UNLOCK)
+        os.close(self.fd)
 
 
-def _newer_slot(page: bytes) -> int:
-    """ Return where the slot with the higher number begins. """
-    one, two = _SLOTS
-    return two if page[two + 4:two + 12] > page[one + 4:one + 12] else one
-
-
-def _read_slot(fd: int, page: bytes, at: int) -> bytes | None:
-    """ Return the slot's record, or None if it is not whole. """
-    if len(page) != _PAGE or not page.startswith(_MAGIC):
-        return None
-    checksum, _, _, offset, length = _SLOT.unpack_from(page, at)
-    start = at + _SLOT.size
-    if offset == start:  # nearly all are like this
-        end = start + length
-        return page[start:end] if zlib.crc32(page[at + 4:end]) == checksum else None
-    if offset < _PAGE or not 0 < length <= _MAX_RECORD:
-        return None
-    record: bytes = _pread(fd, length, offset)
-    return record if zlib.crc32(record, zlib.crc32(page[at + 4:start])) == checksum else None
-
-
-def _newest(fd: int, page: bytes) -> tuple[int, bytes]:
-    """ Return where the slot with the newest whole record begins, and the record, which
-        is b'' if there is none. """
-    newer = _newer_slot(page)
-    for at in newer, sum(_SLOTS) - newer:
-        record = _read_slot(fd, page, at)
-        if record:
-            return at, record
-    return newer, b''
-
-
-def _load_again(path: str, fd: int, page: bytes) -> bytes | None:
-    """ Return what a file holds whose newer slot was not whole. As long as somebody has
-        its lock, it may be in the middle of a save. """
-    if not page:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            _absent(path, OSError(errno.ENXIO, 'No plain file'))
-        return None
-    for attempt in range(20):
-        time.sleep(0.0005 * attempt)
-        idle = _try_lock(fd)
-        page = _pread(fd, _PAGE, 0)
-        at, record = _newest(fd, page)
-        if idle:
-            _unlock(fd)
-        if idle or record and at == _newer_slot(page):
-            break
-    return record if page else None  # Windows may have ended it in place
-
-
-def _fill_other(fd: int, page: bytes, at: int, expires: float, record: bytes,
-                size: int) -> None:
-    """ Write the record into the slot that is not the current one at `at`. """
-    _, number, _, taken, length = _SLOT.unpack_from(page, at)
-    free = _PAGE  # where a bigger record does not touch the current one
-    if _PAGE <= taken < _PAGE + len(record):
-        free = -(-(taken + length) // _PAGE) * _PAGE
+def _make_file(path: str) -> _File:
+    """ Open a file without a record; make it, and what is missing above it. """
     try:
-        inside = _fill_slot(fd, sum(_SLOTS) - at, number + 1, expires, record, free,
-                            taken >= _PAGE)
-    except OSError:  # a full disk: give back what was taken
-        os.ftruncate(fd, max(_PAGE, taken + length))
-        raise
-    if inside and taken < _PAGE < size:
-        os.ftruncate(fd, _PAGE)
-
-
-def _fill_slot(fd: int, at: int, number: int, expires: float, record: bytes, free: int,
-               sync: bool = False) -> bool:
-    """ Write a slot, and tell whether the record is inside of it, or else at `free`.
-
-        :param sync: the current record must be on the disk before its only other copy
-            goes, if that is behind the page: a power cut could tear both.
-    """
-    start = at + _SLOT.size
-    inside = len(record) <= _PAGE // 2 - start % (_PAGE // 2)
-    head = _SLOT.pack(0, number, expires, start if inside else free, len(record))[4:]
-    slot = zlib.crc32(record, zlib.crc32(head)).to_bytes(4, 'big') + head
-    if inside:
-        slot += record
-    elif len(record) > _MAX_RECORD:
-        raise SessionError('The session is too big: %d bytes of at most %d. Keep big things '
-                           'elsewhere and their names here.' % (len(record), _MAX_RECORD))
-    else:
-        if sync:
-            _fdatasync(fd)
-        _write(fd, record, free)
-    if number == 1:
-        slot, at = (_MAGIC + slot).ljust(_PAGE, b'\0'), 0
-    _write(fd, slot, at)
-    return inside
-
-
-def _write(fd: int, data: bytes, offset: int) -> None:
-    """ Write all of it; a nearly full disk takes only a part at first. """
-    written = _pwrite(fd, data, offset)
-    if written < len(data):
-        _write(fd, data[written:], offset + written)
-
-
-def _open_locked(path: str, flags: int) -> tuple[Any, int]:
-    """ Open the file with its lock taken; return it with its size, or None if there is
-        no such file. """
-    try:
-        fd = os.open(path, flags, 0o600)
+        return _File(path, True)
     except OSError as error:
-        if not flags & os.O_CREAT:
-            _absent(path, error)
-            return None, 0
         if error.errno in _NO_FILE:
             os.rename(path, path + '.strange')  # out of the way
-        elif error.errno != errno.ENOENT:
-            raise
         _make_directory(os.path.dirname(path))
-        fd = os.open(path, flags, 0o600)
-    try:
-        if not _try_lock(fd):
-            raise SessionBusy()
-        state = os.fstat(fd)
-        if not (state.st_nlink and stat.S_ISREG(state.st_mode)):
-            if flags & os.O_CREAT and state.st_nlink:
-                os.rename(path, path + '.strange')
-            _unlock(fd)
-            os.close(fd)
-            return None, 0
-        if flags & os.O_CREAT and stat.S_IMODE(state.st_mode) != 0o600:  # the umask
-            _chmod(fd, 0o600)
-        return fd, state.st_size
-    except BaseException:
-        os.close(fd)
-        raise
-
-
-def _remove_if_expired(path: str, now: float) -> tuple[bytes, bool]:
-    """ Remove the file if it has expired, or if it never became one; return the kind
-        of its record, and whether it went. """
-    try:
-        fd = os.open(path, _WRITING)
-    except OSError:  # somebody else's, or gone already
-        return b'', False
-    locked = removed = False
-    try:
-        kind, expires = _kind_and_end(fd)
-        if expires <= now and _try_lock(fd):
-            locked = True
-            kind, expires = _kind_and_end(fd)  # nobody changes it now
-            if expires <= now:
-                _unlink(path, fd)
-                removed = True
-        return kind, removed
-    except OSError:  # gone meanwhile
-        return b'', False
-    finally:
-        if locked:
-            _unlock(fd)
-        os.close(fd)
-
-
-def _kind_and_end(fd: int) -> tuple[bytes, float]:
-    """ Return the kind of a file's record and when it expires. Both are unproven, and
-        believed for cleaning only. """
-    page = _pread(fd, _PAGE, 0)
-    if page[:len(_MAGIC)] != _MAGIC[:len(page)]:
-        return b'', math.inf  # not ours
-    _, number, expires, offset, _ = _SLOT.unpack_from(page.ljust(_PAGE, b'\0'), _newer_slot(page))
-    if not number:  # never finished: it may take an hour until that is certain
-        return b'', os.fstat(fd).st_mtime + 3600
-    return page[offset:offset + 1] or _pread(fd, 1, offset), expires
-
-
-def _absent(path: str, error: OSError) -> None:
-    """ Accept what is no session, raise StoreError for trouble. """
-    if error.errno in _NO_FILE:
-        _log.warning('%s is no session (%s); it is treated as absent', path, error.strerror)
-    elif error.errno != errno.ENOENT:
-        raise _failed('read', path, error) from error
-
-
-def _failed(verb: str, path: str, error: OSError) -> StoreError:
-    """ Log the failure, with owner and remedy where it is a permission. """
-    whose = ''
-    if error.errno in (errno.EACCES, errno.EPERM) and hasattr(os, 'geteuid'):
-        at = path
-        while not os.path.exists(at) or os.stat(at).st_uid == os.geteuid() and at != os.sep:
-            at = os.path.dirname(at)
-        whose = (': %s belongs to user %d, and this process runs as user %d (was the app once run '
-                 'as root?). Give it the directory: chown -R %d' % (
-                     at, os.stat(at).st_uid, os.geteuid(), os.geteuid()))
-    _log.error('cannot %s %s: %s%s', verb, path, error.strerror, whose)
-    return StoreError()
+        return _File(path, True)
 
 
 def _make_directory(path: str) -> None:
@@ -979,6 +874,74 @@ def _make_directory(path: str) -> None:
     with suppress(FileExistsError):
         os.mkdir(path, 0o700)
         os.chmod(path, 0o700)  # whatever the umask
+
+
+def _newest(fd: int, page: bytes) -> tuple[bytes | None, tuple[int, int, int, int], bool]:
+    """ Return the newest whole record (None in an unfinished file, b'' if all are damaged), its
+        slot as in `_File.current`, and whether that of a newer record is torn. """
+    if len(page) >= _PAGE and page.startswith(_MAGIC):
+        newer = _TWO if page[_NUMBER_TWO] > page[_NUMBER_ONE] else _ONE
+        for at in newer, _ONE + _TWO - newer:
+            checksum, number, _, offset, length = _SLOT.unpack_from(page, at)
+            record = page[offset:offset + length] if offset < _PAGE else _pread(
+                fd, min(length, _MAX_RECORD), offset)
+            if zlib.crc32(record, zlib.crc32(page[at + 4:at + _SLOT.size])) == checksum:
+                return record, (at, number, offset, length), at != newer
+    return None if _NEW.startswith(page[:_PAGE]) else b'', _File.current, True
+
+
+def _remove_if_expired(path: str, now: float) -> tuple[bytes, bool]:
+    """ Remove an expired or unfinished file; return its record's kind, and whether it went. """
+    kind = b''
+    with suppress(OSError):  # somebody else's, in use, or gone meanwhile
+        fd = os.open(path, _WRITING)
+        try:
+            for locked in _UNLOCK, _LOCK:  # only what has expired is locked
+                _flock(fd, locked)
+                kind, expires = _kind_and_end(fd)
+                if expires > now:
+                    return kind, False
+            _unlink(path, fd)
+            _log.debug('removed what has expired: %s', path)
+            return kind, True
+        finally:
+            _flock(fd, _UNLOCK)
+            os.close(fd)
+    return kind, False
+
+
+def _kind_and_end(fd: int) -> tuple[bytes, float]:
+    """ Return the record's kind and end, unproven: they are believed for cleaning only. """
+    page = _pread(fd, _PAGE, 0)
+    if page[:_ONE] != _MAGIC[:len(page)]:
+        return b'', math.inf  # not ours
+    page = page.ljust(_PAGE, b'\0')
+    number, expires, offset, _ = max(_SLOT.unpack_from(page, at)[1:] for at in (_ONE, _TWO))
+    if not number:  # never finished: it may take an hour until that is certain
+        return b'', os.fstat(fd).st_mtime + 3600
+    return _pread(fd, 1, offset), expires
+
+
+def _absent(verb: str, path: str, error: OSError) -> None:
+    """ Accept what is no session, raise StoreError for trouble. """
+    if error.errno in _NO_FILE:
+        _log.warning('%s is no session (%s); it is treated as absent', path, error.strerror)
+    elif error.errno != errno.ENOENT:
+        raise _failed(verb, path, error) from error
+
+
+def _failed(verb: str, path: str, error: OSError) -> StoreError:
+    """ Log the failure, with owner and remedy where it is a permission. """
+    whose = ''
+    if isinstance(error, PermissionError) and hasattr(os, 'geteuid'):
+        at = path
+        while not os.path.exists(at) or os.stat(at).st_uid == os.geteuid() and at != os.sep:
+            at = os.path.dirname(at)
+        whose = (': %s belongs to user %d, and this process runs as user %d (was the app once run '
+                 'as root?). Give it the directory: chown -R %d' % (
+                     at, os.stat(at).st_uid, os.geteuid(), os.geteuid()))
+    _log.error('cannot %s %s: %s%s', verb, path, error.strerror, whose)
+    return StoreError()
 
 
 def _sync_what_is_done(sync: Callable[[Any], None], what: Any, path: str) -> None:
@@ -990,21 +953,14 @@ def _sync_what_is_done(sync: Callable[[Any], None], what: Any, path: str) -> Non
 
 
 # What FileStore needs of the system, and what Windows does instead.
+_fdatasync = getattr(os, 'fdatasync', os.fsync)  # macOS has none, either
 if fcntl is not None:
-    _pread, _pwrite, _chmod = os.pread, os.pwrite, os.fchmod
-    _fdatasync = getattr(os, 'fdatasync', os.fsync)  # macOS has none
-
-    def _try_lock(fd: int) -> bool:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def _unlock(fd: int) -> None:
-        fcntl.flock(fd, fcntl.LOCK_UN)
+    _pread, _pwrite, _chmod, _flock = os.pread, os.pwrite, os.fchmod, fcntl.flock
+    _LOCK, _UNLOCK = fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_UN
 
     def _unlink(path: str, fd: int | None) -> None:
+        if fd is not None and os.access(os.path.dirname(path), os.W_OK):
+            os.ftruncate(fd, 0)  # tells those who have it open and wait for its lock
         os.unlink(path)
 
     def _sync_directory(path: str) -> None:
@@ -1016,37 +972,29 @@ if fcntl is not None:
 
 else:  # Windows: a directory is for one process, and its locks are in a dict
     import msvcrt  # type: ignore[unreachable]
+    _LOCK, _UNLOCK = True, False
     _held: dict[int, tuple[int, int]] = {}  # the holder's descriptor -> its file
-    _claims: dict[str, int] = {}  # lock files, open as long as this process lives
+    _claimed: dict[str, int] = {}  # lock files, open as long as this process lives
     _mutex = threading.Lock()
     _nowhere = os.open(os.devnull, _READING)
-    _path_of, _fdatasync, _unlock = FileStore._path, os.fsync, _held.pop
     _chmod = _sync_directory = lambda *args: None  # nothing to do
 
-    def _claim(store: FileStore, name: str) -> str:
-        """ Return the path of a session, if no other process uses the directory. """
-        lock = os.path.normcase(os.path.join(store.directory, 'lock'))
+    def _claim(directory: str) -> None:
+        """ Keep other processes out of the directory, as long as this one lives. """
+        path, fd = os.path.normcase(os.path.join(directory, 'lock')), None
         with _mutex:
-            if lock not in _claims:
-                _claims[lock] = _open_claimed(lock)
-        return _path_of(store, name)
-
-    def _open_claimed(path: str) -> int:
-        fd = None
-        try:
-            _make_directory(os.path.dirname(path))
-            fd = os.open(path, _WRITING | os.O_CREAT, 0o600)
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-            return fd
-        except OSError as error:
-            if fd is None:
-                raise _failed('open', path, error) from error
-            os.close(fd)
-            _log.error('%s is locked: another process uses this directory, and on Windows only '
-                       'one can. End that one, or use a redis URL for several', path)
-            raise StoreError() from error
-
-    FileStore._path = _claim
+            try:
+                if path not in _claimed:
+                    _make_directory(directory)
+                    fd = os.open(path, _WRITING | os.O_CREAT, 0o600)
+                    msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+                    _claimed[path] = fd
+            except OSError as error:
+                if fd is not None:
+                    os.close(fd)
+                    error.strerror = ('another process uses this directory, and on Windows only '
+                                      'one can. End that one, or use a redis URL for several')
+                raise _failed('lock', path, error) from error
 
     def _pread(fd: int, size: int, offset: int) -> bytes:
         os.lseek(fd, offset, os.SEEK_SET)
@@ -1056,31 +1004,25 @@ else:  # Windows: a directory is for one process, and its locks are in a dict
         os.lseek(fd, offset, os.SEEK_SET)
         return os.write(fd, data)
 
-    def _try_lock(fd: int) -> bool:
-        file = os.fstat(fd)[stat.ST_DEV], os.fstat(fd)[stat.ST_INO]
+    def _flock(fd: int, take: bool) -> None:
         with _mutex:
-            free = file not in _held.values()
-            _held.update({fd: file} if free else {})
-            return free
+            _held.pop(fd, None)
+            if take and os.fstat(fd)[1:3] in _held.values():
+                raise BlockingIOError()
+            if take:
+                _held[fd] = os.fstat(fd)[1:3]
 
     def _unlink(path: str, fd: int | None) -> None:
         # What is open cannot be removed: it is ended in place (an empty file is no session)
         # and goes now, or by a later sweep if others have it open.
-        ended = os.open(path, _WRITING) if fd is None else fd
+        ended = os.open(path, _WRITING)
         os.ftruncate(ended, 0)
         os.fsync(ended)
-        os.dup2(_nowhere, ended, False)  # closes the file, but keeps the lock
-        if fd is None:
-            os.close(ended)
+        os.close(ended)
+        if fd is not None:
+            os.dup2(_nowhere, fd, False)  # closes the file, but keeps the lock
         with suppress(PermissionError):
             os.unlink(path)
-
-
-def _close_locked(fd: int | None) -> None:
-    """ Close the file and let go of its lock, also where a forked child shares it. """
-    if fd is not None:
-        _unlock(fd)
-        os.close(fd)
 
 
 class RedisStore(Store):
@@ -1301,79 +1243,61 @@ def check_store(make_store: Callable[[], Store]) -> None:
     store, other, later = make_store(), make_store(), time.time() + 60
     name = hashlib.sha256(os.urandom(16)).hexdigest()
     one, two, big = (_SESSION + os.urandom(40) + b'\0record' * size for size in (1, 2, 100000))
-
-    def save(store: Store, old: bytes, new: bytes, lock: Any = None) -> bytes | None:
-        return store.replace(name, old[:_VERSION], new, later, lock, True)
-
-    assert store.load(name) is None, 'load() returns None for an unknown name'
-    assert save(store, one, two) is None, 'replace() never creates'
-    assert store.lock(name) is None, 'lock() returns None for an unknown name'
+    old, new = one[:_VERSION], two[:_VERSION]
+    assert (store.load(name), store.lock(name)) == (None, None), 'None is for an unknown name'
+    assert store.replace(name, old, two, later) is None, 'replace() never creates'
     assert not store.remove(name), 'remove() tells that there was nothing'
     assert store.create(name, one, later, True), 'create() stores, and nothing of that did'
     assert not other.create(name, two, later), 'create() never overwrites'
     assert other.load(name) == one, 'load() returns the bytes that were stored'
-    assert save(store, one, two) == two, 'replace() stores'
-    assert save(other, one, big) == two, 'replace() of another version returns what is stored'
-    assert save(other, two, big) == big == store.load(name), 'records may grow'
-    _check_locks(store, other, name, save, one, two, big)
-
-    assert store.create(name, one, later) and store.remove(name, one[:_VERSION]), 'it was there'
+    assert store.replace(name, old, two, later, None, True) == two, 'replace() stores'
+    assert other.replace(name, old, big, later) == two, 'replace() returns a newer record'
+    assert other.replace(name, new, big, later) == big == store.load(name), 'records may grow'
+    assert not store.remove(name, new), 'remove() with another version does nothing'
+    assert store.remove(name, big[:_VERSION]), 'remove() tells that it was there'
     assert store.create(name, one, time.time() + 0.05), 'remove() frees the name'
     time.sleep(0.06)
     store.sweep(time.time())
-    assert store.load(name) is None, 'sweep() removes what has expired'
-    assert other.create(name, one, later), 'sweep() frees the name'
+    assert other.create(name, one, later), 'sweep() removes what has expired'
     went, left = store.sweep(time.time())
     assert went == 0 < left and store.load(name) == one, 'sweep() keeps and counts the others'
-    _check_races(store, other, name, one, later)
+    _check_together(store, other, name, one, later)
 
 
-def _check_locks(store: Store, other: Store, name: str, save: Callable[..., bytes | None],
-                 one: bytes, two: bytes, big: bytes) -> None:
-    """ Check what a lock keeps out, and what not; the record is `big`, and gone at the end. """
-    lock, record = store.lock(name) or (None, None)
-    assert record == big == other.load(name), 'lock() returns the record, load() ignores locks'
-    for act in lambda: other.lock(name), lambda: save(other, big, one):
+def _check_together(store: Store, other: Store, name: str, one: bytes, later: float) -> None:
+    """ Check what locks keep out, and threads at once; `one` is stored, and gone at the end. """
+    from concurrent.futures import ThreadPoolExecutor
+    records = [_SESSION + os.urandom(60) * 50 for _ in range(8)]
+    old, two = one[:_VERSION], records[0]
+
+    def unless_busy(act: Callable[..., Any], *args: Any) -> Any:
         try:
-            act()
+            return act(*args)
         except SessionBusy:
-            continue
-        raise AssertionError('lock() keeps others out: SessionBusy at once')
-    assert save(store, big, one, lock) == one, 'the holder may save'
-    store.unlock(name, lock)
-    assert save(other, one, two) == two, 'unlock() lets others save'
-    assert not store.remove(name, one[:_VERSION]), 'remove() with another version does nothing'
+            return 'busy'
+
     lock, record = store.lock(name) or (None, None)
-    assert record == two and other.remove(name), 'remove() ignores locks'
-    assert save(store, two, one, lock) is None, 'what was removed is gone'
+    assert record == one == other.load(name), 'lock() returns the record, load() ignores locks'
+    busy = [unless_busy(other.lock, name), unless_busy(other.replace, name, old, two, later)]
+    assert busy == ['busy', 'busy'], 'lock() keeps others out: SessionBusy at once'
+    assert store.replace(name, old, two, later, lock) == two, 'the holder may save'
     store.unlock(name, lock)
-
-
-def _check_races(store: Store, other: Store, name: str, one: bytes, later: float) -> None:
-    """ Check what several threads do at once. """
-    def race(act: Callable[[bytes], Any]) -> list[Any]:
-        results = []
-
-        def run() -> None:
-            new = _SESSION + os.urandom(60) * 50
-            with suppress(SessionBusy):  # another is at it: right, too
-                results.append((new, act(new)))
-
-        threads = [threading.Thread(target=run) for _ in range(8)]
-        for step in threading.Thread.start, threading.Thread.join:
-            for thread in threads:
-                step(thread)
-        return results
-
-    saves = race(lambda new: store.replace(name, one[:_VERSION], new, later) == new)
-    assert [done for _, done in saves].count(True) == 1, 'of several replace() one wins'
-    for _ in range(20):
-        assert store.remove(name)
-        made = race(lambda new: (store.create(name, new, later), other.load(name)))
-        whole = {None, *(new for new, _ in made)}
-        assert sum(done[0] for _, done in made) == 1, 'of several create() one wins'
-        assert all(seen in whole for _, (_, seen) in made), 'a record is absent or whole'
-    assert store.remove(name)
+    assert other.replace(name, two[:_VERSION], one, later) == one, 'unlock() lets others save'
+    lock, record = store.lock(name) or (None, None)
+    assert record == one and other.remove(name), 'remove() ignores locks'
+    assert store.replace(name, old, two, later, lock) is None, 'what was removed is gone'
+    store.unlock(name, lock)
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            made = list(pool.map(lambda new: (
+                unless_busy(store.create, name, new, later) is True, other.load(name)), records))
+            assert sum(done for done, _ in made) == 1, 'of several create() one wins'
+            assert {seen for _, seen in made} <= {None, *records}, 'a record is absent or whole'
+            assert store.remove(name) and store.create(name, one, later)
+            saved = pool.map(lambda new: unless_busy(
+                other.replace, name, old, new, later) == new, records)
+            assert sum(saved) == 1, 'of several replace() one wins'
+            assert store.remove(name)
 
 
 ###############################################################################
