@@ -413,46 +413,38 @@ def _same(one: Any, other: Any) -> bool:
         return one is other
     if kind in _ATOMS:
         return bool(one == other)
-    form = _canonical(one)
-    return form == _canonical(other) or _same_but_for_order(form, one, other)
+    return _canonical(one) == _canonical(other)
 
 
-def _canonical(value: Any) -> bytes:
+class _Canonical(pickle.Pickler):
+    """ Pickles equal sets to the same bytes, whatever the order of their elements. """
+
+    def persistent_id(self, value: Any) -> Any:
+        if type(value) not in (set, frozenset):
+            return None
+        return _kind(value), sorted(map(_canonical, value))
+
+
+def _canonical(value: Any, pickler: type[pickle.Pickler] = pickle.Pickler) -> bytes:
     """ Return bytes that are the same only for equal values, to their types.
 
         Without pickle's memo they do not tell which parts are one and the same
         object. Never for what is stored. With a cycle only the memo ends.
     """
     stream = io.BytesIO()
-    pickler = pickle.Pickler(stream, 5)
-    pickler.fast = True
+    writer = pickler(stream, 5)
+    writer.fast = True
     try:
-        pickler.dump(value)
-        return stream.getvalue()
+        writer.dump(value)
     except ValueError:
         return pickle.dumps(value, 5)
     except Exception as error:  # also from methods of the user's classes
         _log.debug('cannot compare a %s, so it counts as a change: %s', _kind(value), _kind(error))
         return os.urandom(16)
-
-
-def _same_but_for_order(form: bytes, one: Any, other: Any) -> bool:
-    """ Tell whether two values with other canonical forms are equal all the same: the
-        order of a set is no part of it. `form` says whether there is a set. """
-    kind = type(one)
-    if kind not in (set, frozenset, dict, list, tuple) or kind is not type(other) \
-            or len(one) != len(other) or not (b'\x8f' in form or b'\x91' in form):
-        return False
-    if kind is dict:
-        one, other = one.items(), other.items()
-    elif kind not in (list, tuple):
-        one, other = sorted(map(_sortable, one)), sorted(map(_sortable, other))
-    return all(map(_same, one, other))
-
-
-def _sortable(element: Any) -> bytes:
-    """ Return what an element of a set is sorted and compared by. """
-    return _canonical(sorted(map(_sortable, element)) if type(element) is frozenset else element)
+    form = stream.getvalue()
+    if pickler is pickle.Pickler and (b'\x8f' in form or b'\x91' in form):  # it has a set
+        return _canonical(value, _Canonical)
+    return form
 
 
 ###############################################################################
@@ -1646,8 +1638,7 @@ class _Visit:
         # The old value may have been changed inside: see what is stored.
         form = self.forms.get(key) or _canonical(self.stored().get(key))
         self.fresh = {**self.fresh, key: _canonical(new)}
-        return form != self.fresh[key] and not _same_but_for_order(
-            form, self.stored().get(key), new)
+        return bool(form != self.fresh[key])
 
     def stored(self) -> dict[Any, Any]:
         """ Return the data as they are stored, for comparing. """
