@@ -2431,10 +2431,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def _visit(self) -> _Visit:
         """ Return this request's visit. """
         request = _current.get()
-        visit = request.visits.get(self)
-        if visit is None:
-            return _begin_visit(self, request)
-        return visit
+        return request.visits.get(self) or _begin_visit(self, request)
 
     def _loaded(self) -> _Visit:
         visit = self._visit()
@@ -2460,15 +2457,9 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             argument = inspect.signature(route.callback).parameters.get('session')
         except (TypeError, ValueError):  # a callable that does not tell
             argument = None
-        if argument is None or argument.kind not in (argument.POSITIONAL_OR_KEYWORD,
-                                                     argument.KEYWORD_ONLY):
-            return callback
-
-        def with_session(*args: Any, **kwargs: Any) -> Any:
-            kwargs.setdefault('session', self)
-            return callback(*args, **kwargs)
-
-        return with_session
+        if argument and argument.kind in (argument.POSITIONAL_OR_KEYWORD, argument.KEYWORD_ONLY):
+            return functools.partial(callback, session=self)  # a wildcard <session> comes first
+        return callback
 
     def _saves_itself(self, request: _Request) -> bool:
         """ Tell whether this request saves without being told. """
@@ -2483,10 +2474,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
                         skip is True and route not in request.mounts):  # which have it anyway
                     return False
             plugins += route.app.plugins + route.plugins
-        for plugin in plugins:
-            if plugin is self:
-                return True
-        return False
+        return id(self) in map(id, plugins)  # `==` of somebody's plugin may raise
 
 
 def _utc(seconds: float) -> datetime:
