@@ -1431,8 +1431,7 @@ class _Owners:
         except _Unreadable as error:
             _log.warning('a list of log-ins %s; it is treated as empty', error)
             return record, {}
-        entries = payload if self._seal.keeps_values else json.loads(payload)
-        return record, {name: _Entry(*entry) for name, entry in entries.items()}
+        return record, {name: _Entry(*entry) for name, entry in json.loads(payload).items()}
 
     def _change(self, id: str, change: Callable[[dict[str, _Entry]], bool], durable: bool) -> None:
         """ Apply `change` to a list; it says whether there is something to store. """
@@ -1441,14 +1440,13 @@ class _Owners:
             record, entries = self._load(id)
             if not change(entries):
                 return
-            new = entries and seal.seal(_LOGINS, id, _NO_HEAD, entries if seal.keeps_values
-                                        else json.dumps(entries).encode('ascii'))
+            new = seal.seal(_LOGINS, id, _NO_HEAD, json.dumps(entries).encode('ascii'))
             expires = max((entry.expires for entry in entries.values()), default=0.0)
             if record is not None and not record:  # damaged
                 store.remove(name)
             if not record:
-                done = not new or store.create(name, new, expires, durable)
-            elif not new:
+                done = not entries or store.create(name, new, expires, durable)
+            elif not entries:
                 done = _patiently(1.0, '', store.remove, name, record[:_VERSION])
             else:
                 done = new == _patiently(1.0, '', store.replace, name, record[:_VERSION], new,
