@@ -1458,17 +1458,9 @@ class _Owners:
 
 #: Who waits for the lock of a session in this process, in order of arrival.
 _queues: dict[str, list[object]] = {}
-_process = object()  # another one in each child
-
-
-def _begin_process() -> None:
-    global _process
-    _process = object()
-    _queues.clear()
-
 
 if hasattr(os, 'register_at_fork'):
-    os.register_at_fork(after_in_child=_begin_process)
+    os.register_at_fork(after_in_child=_queues.clear)
 
 
 def _patiently(seconds: float | None, name: str, attempt: Callable[..., Any], *args: Any) -> Any:
@@ -1944,13 +1936,13 @@ class _Visit:
     def _lock(self) -> Any:
         """ Return what `Store.lock` gave. A forked child does not have its parent's. """
         held = self.held
-        return held[1] if held and held[0] == self.name and held[2] is _process else None
+        return held[1] if held and held[0] == self.name and held[2] == os.getpid() else None
 
     def let_go(self) -> None:
         if self.held:
             (name, lock, process), self.held = self.held, None
             try:
-                if process is _process:
+                if process == os.getpid():
                     self.session.store.unlock(name, lock)
             except StoreError as error:
                 _log.warning('session %s: its lock ends by itself, it could not be released: %s',
@@ -1961,7 +1953,7 @@ class _Visit:
         got = _patiently(self.session.lock_timeout, name, self.session.store.lock, name)
         if got is None:
             return None
-        self.held = name, got[0], _process
+        self.held = name, got[0], os.getpid()
         return got[1]
 
     def enter(self) -> None:
