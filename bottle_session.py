@@ -250,10 +250,10 @@ _VERSION = 16  # bytes at the beginning of a record that no two records share
 _HEAD = struct.Struct('<dddbI')
 _REMEDY = 'run "python -m bottle_session secret" to get a good one, and keep it out of the code'
 
-#: What is sealed beside the data. `created` and `used` in seconds since the epoch,
-#: `days` 0 and `permanent` -1 for what the constructor says, `owner` None or a str.
+#: What is sealed beside the data. `created` and `used` in seconds since the epoch; `days`,
+#: `permanent` 1 or -1, both 0 for what the constructor says; `owner` None or a str.
 _Head = namedtuple('_Head', 'created used days permanent owner')
-_NO_HEAD = _Head(0.0, 0.0, 0.0, -1, None)
+_NO_HEAD = _Head(0.0, 0.0, 0.0, 0, None)
 
 
 def _check_secrets(secret: Secret | Iterable[Secret]) -> list[bytes]:
@@ -1916,20 +1916,19 @@ class _Visit:
     def _tell(self) -> None:
         """ Have the browser told of the id. """
         session = self.session
-        max_age = self.expires - session.clock() if self.permanent() else None
+        max_age = self.expires - session.clock() if self.option('permanent') > 0 else None
         self.cookie = session._cookie.line(_is_https(self.request.environ), self.id or '', max_age)
 
-    def days(self) -> float:
-        return float(self.options.get('days') or self.head.days or self.session._days)
+    def option(self, name: str) -> Any:
+        """ Return days or permanent, as this request sees it. """
+        return self.options.get(name) or getattr(self.head, name) or getattr(
+            self.session, '_' + name)
 
-    def permanent(self) -> bool:
-        permanent = self.options.get('permanent', self.head.permanent)
-        return bool(self.session._permanent if permanent < 0 else permanent)
-
-    def set_option(self, name: str, value: float, stored: float) -> None:
+    def set_option(self, name: str, value: float) -> None:
         """ Have the next save store days or permanent, if that is a change. """
-        others = {key: self.options[key] for key in self.options if key != name}
-        self.options = others if value == stored else {**others, name: value}
+        self.options = {key: self.options[key] for key in self.options if key != name}
+        if value != self.option(name):
+            self.options[name] = value
 
     # Locks, and `with`
 
@@ -2109,7 +2108,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         put('name', 'session' if cookie_name == 'bsession' else 'session:' + cookie_name)
         self._days = _check_days('days', days)
         self._max_age = math.inf if max_days is None else _check_days('max_days', max_days) * _DAY
-        self._permanent = _check_flag('permanent', permanent)
+        self._permanent = 1 if _check_flag('permanent', permanent) else -1
         _require(max_logins is None or type(max_logins) is int,
                  'max_logins=%r: use a whole number, or None for no limit', max_logins, TypeError)
         _require(max_logins is None or max_logins > 0,
@@ -2226,23 +2225,20 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def days(self) -> float:
         """ How long this session lives after its last use. Setting it is a change
             of this session, to be saved; alone it begins none. """
-        return self._loaded().days()
+        return float(self._loaded().option('days'))
 
     @days.setter
     def days(self, days: float) -> None:
-        visit = self._loaded()
-        visit.set_option('days', float(_check_days('days', days)), visit.head.days or self._days)
+        self._loaded().set_option('days', float(_check_days('days', days)))
 
     @property
     def permanent(self) -> bool:
         """ Whether this session's cookie outlives the browser; to be set like `days`. """
-        return self._loaded().permanent()
+        return bool(self._loaded().option('permanent') > 0)
 
     @permanent.setter
     def permanent(self, permanent: bool) -> None:
-        visit, number = self._loaded(), int(_check_flag('permanent', permanent))
-        stored = visit.head.permanent
-        visit.set_option('permanent', number, self._permanent if stored < 0 else stored)
+        self._loaded().set_option('permanent', 1 if _check_flag('permanent', permanent) else -1)
 
     def explain(self) -> str:
         """ Return why the session is what it is, in one sentence, for debugging. """
