@@ -1515,7 +1515,7 @@ class _Visit:
 
     __slots__ = ('session', 'request', 'data', 'id', 'name', 'record', 'head', 'payload', 'older',
                  'expires', 'due', 'options', 'touched', 'open', 'parsed', 'forms', 'fresh',
-                 'dumped', 'ended', 'moved', 'born', 'cookie', 'why', 'watched', 'depth',
+                 'dumped', 'ended', 'moved', 'cookie', 'why', 'watched', 'depth',
                  'snapshot', 'held')
 
     def __init__(self, session: Session, request: _Request) -> None:
@@ -1537,7 +1537,6 @@ class _Visit:
         self.dumped: tuple[Any, ...] = _NOTHING, None, _NOTHING  # data, parsed, forms to store
         self.ended = False          # by another request: nothing can be stored
         self.moved = False          # the browser sent an id that has just got a new one
-        self.born = False           # the id was made in this request
         self.cookie: str | None = None  # what to tell the browser
         self.why = 'the browser sent no cookie of ours'
         self.watched = False        # nothing saves it by itself
@@ -1780,10 +1779,12 @@ class _Visit:
         """ Accept that the session ended elsewhere: nothing can bring it back. """
         _log.info('session %s: a save was dropped, it was purged, regenerated or expired '
                   'meanwhile', _public(self.name))
-        self.why = 'it was purged, regenerated or expired elsewhere during this request'
-        self.ended, self.moved, self.id = True, False, None
-        self.head, self.payload, self.parsed = _NO_HEAD, None, None
+        self._forget('it was purged, regenerated or expired elsewhere during this request', True)
         return False
+
+    def _forget(self, why: str, ended: bool) -> None:
+        self.why, self.ended, self.moved, self.older = why, ended, False, False
+        self.id, self.head, self.payload, self.parsed = None, _NO_HEAD, None, None
 
     def _next_head(self, owner: str | None = None) -> _Head:
         """ Return a head that records this use, and mends what a wrong clock left. """
@@ -1828,7 +1829,6 @@ class _Visit:
         """ Go on as the session that `_create` stored. """
         self.id, self.name, self.record, self.head, self.payload, self.expires = new
         self.older = self.ended = self.moved = False
-        self.born = True
         self._settle()
         self._tell()
 
@@ -1904,9 +1904,8 @@ class _Visit:
             if owner:
                 session._owners.leave(owner, name)
         self.let_go()
-        self.id, self.why = None, 'it was purged in this request'
-        self.ended = self.moved = self.older = self.born = False
-        self.head, self.payload, self.data = _NO_HEAD, None, {} if self.data is None else self.data
+        self._forget('it was purged in this request', False)
+        self.data = {} if self.data is None else self.data
         self.data.clear()
         self.dumped = _NOTHING, None, _NOTHING
         self._settle()
@@ -2189,9 +2188,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             request starts a new one. StoreError changes nothing. """
         self._visit().purge()
 
-    def clear(self) -> None:
-        """ The same as `purge()`; ``session.data.clear()`` only empties the data. """
-        self.purge()
+    clear = purge  # ``session.data.clear()`` only empties the data
 
     def regenerate(self) -> None:
         """ Give the session a new id and keep its data, with what was not saved
@@ -2247,9 +2244,10 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         parts = ['There is no stored session: ' + visit.why]
         if visit.id:
             age = timedelta(seconds=int(max(0, self.clock() - visit.head.created)))
-            parts = ['Session %s %s' % (self.id, 'is new: it was stored in this request'
-                     if visit.born else 'was loaded; it began %s ago and holds %d keys'
-                     % (age, len(self)))]
+            parts = ['Session %s was loaded; it began %s ago and holds %d keys'
+                     % (self.id, age, len(self))]
+            if visit.id not in self._cookie.ids(visit.request.environ):
+                parts = ['Session %s is new: it was stored in this request' % self.id]
         if why_not:
             parts.append('the browser cannot send its cookie here: ' + why_not)
         if visit.older:
