@@ -2449,10 +2449,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         """ Tell whether this request saves without being told. """
         if self._seal.keeps_values:
             return True
-        plugins = list(request.app.plugins) if request.app else []
-        for route in *request.mounts, request.environ.get('bottle.route'):
-            if route is None:  # not found
-                continue
+        plugins = list(request.app.plugins)
+        for route in filter(None, (*request.mounts, request.environ.get('bottle.route'))):
             for skip in route.skiplist:
                 if skip is self or skip is Session or skip == self.name or (
                         skip is True and route not in request.mounts):  # which have it anyway
@@ -2577,17 +2575,14 @@ class _Request:
                 self.finish(not self.crashed and not (self.failed and status[:3] == '503'))
             except Exception as error:
                 status, headers, exc_info = self._fail(error)
-            present = dict(headers)
             for visit in self.visits.values():
+                present = dict(headers)
                 if visit.cookie:
                     headers.append(('Set-Cookie', visit.cookie))
                     if 'Cache-Control' not in present:
                         headers.append(('Cache-Control', 'no-store'))
-                        present['Cache-Control'] = ''
-                if visit.data is not None and not (
-                        'Vary' in present and _VARIES(present['Vary'])):
+                if visit.data is not None and not _VARIES(present.get('Vary', '')):
                     headers.append(('Vary', 'Cookie'))
-                    present['Vary'] = 'Cookie'
         write = self.start_response(status, headers, exc_info)
         self.sent = True  # a server may refuse the headers, then Bottle comes again
         return write
@@ -2605,9 +2600,8 @@ class _Request:
                 raise error
             self.environ['wsgi.errors'].write(traceback.format_exc())
             error = HTTPError(500, 'Internal Server Error', error, traceback.format_exc())
-        self.failure = self.app._cast(error)
-        if self.environ['REQUEST_METHOD'] == 'HEAD':
-            self.failure = []
+        body = self.app._cast(error)
+        self.failure = [] if self.environ['REQUEST_METHOD'] == 'HEAD' else body
         return bottle.response.status_line, bottle.response.headerlist, None
 
     def end(self) -> None:
