@@ -365,12 +365,11 @@ class _Seal:
         return _same(one, other)
 
 
-def _derive(master: Any, data: bytes) -> bytes:
+def _derive(master: blake2b, data: bytes) -> bytes:
     """ Return a keyed hash (BLAKE2b, RFC 7693), continued with these data. """
     key = master.copy()
     key.update(data)
-    digest: bytes = key.digest()
-    return digest
+    return key.digest()
 
 
 class _Keeper(_Seal):
@@ -2098,9 +2097,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
                  samesite: str | None = 'lax', path: str = '/', domain: str | None = None,
                  partitioned: bool = False, lock_timeout: float = 10.0,
                  max_logins: int | None = 100, serializer: Any = pickle) -> None:
-        def put(name: str, value: Any) -> None:
-            object.__setattr__(self, name, value)
-
+        put = functools.partial(object.__setattr__, self)
         secrets = _check_secrets(secret)
         self._cookie = _Cookie(cookie_name, secure, httponly, samesite, path, domain, partitioned)
         put('cookie_name', cookie_name)
