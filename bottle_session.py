@@ -1509,7 +1509,8 @@ class _Visit:
 
         `touched` holds the keys that this request may have changed, with the values
         that they had before: those it set or deleted, and those whose values were handed
-        out and can be changed inside.
+        out and can be changed inside. Once the whole dict was handed out (`open`), it has
+        all that were there before.
     """
 
     __slots__ = ('session', 'request', 'data', 'id', 'name', 'record', 'head', 'payload', 'older',
@@ -1530,7 +1531,7 @@ class _Visit:
         self.due = False            # this use is to be recorded
         self.options = _NOTHING     # what the head is to say instead
         self.touched: dict[Any, Any] = {}
-        self.open = False           # the whole dict was handed out: keys may be added
+        self.open = False           # the whole dict was handed out
         self.parsed: dict[Any, Any] | None = None  # the payload, loaded once more
         self.forms = self.fresh = _NOTHING  # canonical, of what is stored and what is now
         self.dumped: tuple[Any, ...] = _NOTHING, None, _NOTHING  # data, parsed, forms to store
@@ -1603,7 +1604,7 @@ class _Visit:
     def changes(self) -> list[Any]:
         """ Return the keys whose values differ from what is stored. """
         touched, data, changed = self.touched, self.data, []
-        self.fresh = _NOTHING
+        self.fresh, retyped = {}, None
         if self.open:
             touched = {**dict.fromkeys(data, _MISSING), **touched}
         for key, old in touched.items():
@@ -1611,21 +1612,27 @@ class _Visit:
             if type(new) is type(old) in _ATOMS and type(key) is str:  # nearly all are like this
                 if new != old:
                     changed.append(key)
-            elif self._differs(key, old, new):
-                changed.append(key)
+            else:
+                if type(key) is not str and retyped is None:
+                    retyped = self._retyped_keys()
+                if retyped and key in retyped or self._differs(key, old, new):
+                    changed.append(key)
         return changed
+
+    def _retyped_keys(self) -> set[Any]:
+        """ Return the keys that are equal to a stored one, but to its type: True for 1. """
+        mine, theirs = ({(_canonical(key), key) for key in keys}
+                        for keys in (self.data, self.stored()))
+        return {key for _, key in mine ^ theirs}
 
     def _differs(self, key: Any, old: Any, new: Any) -> bool:
         if old is _MISSING or new is _MISSING:
             return old is not new
-        if type(key) is not str and not all(any(_same(key, one) for one in keys)
-                                            for keys in (self.data, self.stored())):
-            return True  # True has taken the place of 1
         if type(old) in _PLAIN or self.session._seal.keeps_values:
             return not self.session._seal.same(old, new)
         # The old value may have been changed inside: see what is stored.
         form = self.forms.get(key) or _canonical(self.stored().get(key))
-        self.fresh = {**self.fresh, key: _canonical(new)}
+        self.fresh[key] = _canonical(new)
         return bool(form != self.fresh[key])
 
     def stored(self) -> dict[Any, Any]:
@@ -1656,7 +1663,9 @@ class _Visit:
         try:
             payload = seal.dumps(data)
             for key in () if seal.keeps_values else changed:
-                if not (seal.pickles and type(key) in _PLAIN and type(data.get(key)) in _PLAIN):
+                value = data.get(key)
+                if not (seal.pickles and type(key) in _PLAIN and type(value) in _PLAIN) or (
+                        getattr(value, 'tzinfo', None) not in (None, timezone.utc)):
                     parsed = seal.loads(payload)
                     break
         except Exception as error:
@@ -1784,6 +1793,7 @@ class _Visit:
     def _forget(self, why: str, ended: bool) -> None:
         self.why, self.ended, self.moved, self.older = why, ended, False, False
         self.id, self.head, self.payload, self.parsed = None, _NO_HEAD, None, None
+        self.forms = self.fresh = _NOTHING
 
     def _next_head(self, owner: str | None = None) -> _Head:
         """ Return a head that records this use, and mends what a wrong clock left. """
@@ -2185,7 +2195,9 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             request starts a new one. StoreError changes nothing. """
         self._visit().purge()
 
-    clear = purge  # ``session.data.clear()`` only empties the data
+    def clear(self) -> None:
+        """ The same as `purge()`; ``session.data.clear()`` only empties the data. """
+        self.purge()
 
     def regenerate(self) -> None:
         """ Give the session a new id and keep its data, with what was not saved
@@ -2336,19 +2348,22 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         visit = self._visit()
         data = visit.data
         value = (visit.load() if data is None else data)[key]
-        if type(value) not in _PLAIN and not self._seal.keeps_values:
+        if type(value) not in _PLAIN and not visit.open and not self._seal.keeps_values:
             visit.touched.setdefault(key, value)
         return value
 
     def __setitem__(self, key: Any, value: Any) -> None:
         visit = self._visit()
         data = visit.load()
-        visit.touched.setdefault(key, data.get(key, _MISSING))
+        if not visit.open:
+            visit.touched.setdefault(key, data.get(key, _MISSING))
         data[key] = value
 
     def __delitem__(self, key: Any) -> None:
         visit = self._visit()
-        visit.touched.setdefault(key, visit.load().pop(key))
+        old = visit.load().pop(key)
+        if not visit.open:
+            visit.touched.setdefault(key, old)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._visit().load())
@@ -2368,8 +2383,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def update(self, /, *args: Any, **kwargs: Any) -> None:
         visit, new = self._visit(), dict(*args, **kwargs)
         data = visit.load()
-        old = {key: data.get(key, _MISSING) for key in new}
-        visit.touched = {**old, **visit.touched}
+        if not visit.open:
+            visit.touched = {**{key: data.get(key, _MISSING) for key in new}, **visit.touched}
         data.update(new)
 
     def __ior__(self, other: Any) -> Session:  # type: ignore[misc]
@@ -2578,7 +2593,8 @@ class _Request:
                     headers.append(('Set-Cookie', visit.cookie))
                     if 'Cache-Control' not in present:
                         headers.append(('Cache-Control', 'no-store'))
-                if visit.data is not None and not _VARIES(present.get('Vary', '')):
+                if visit.data is not None and not (
+                        'Vary' in present and _VARIES(present['Vary'])):
                     headers.append(('Vary', 'Cookie'))
         write = self.start_response(status, headers, exc_info)
         self.sent = True  # a server may refuse the headers, then Bottle comes again
