@@ -250,10 +250,10 @@ _VERSION = 16  # bytes at the beginning of a record that no two records share
 _HEAD = struct.Struct('<dddbI')
 _REMEDY = 'run "python -m bottle_session secret" to get a good one, and keep it out of the code'
 
-#: What is sealed beside the data. `created` and `used` in seconds since the epoch,
-#: `days` 0 and `permanent` -1 for what the constructor says, `owner` None or a str.
+#: What is sealed beside the data. `created` and `used` in seconds since the epoch; `days`,
+#: `permanent` 1 or -1, both 0 for what the constructor says; `owner` None or a str.
 _Head = namedtuple('_Head', 'created used days permanent owner')
-_NO_HEAD = _Head(0.0, 0.0, 0.0, -1, None)
+_NO_HEAD = _Head(0.0, 0.0, 0.0, 0, None)
 
 
 def _check_secrets(secret: Secret | Iterable[Secret]) -> list[bytes]:
@@ -365,12 +365,11 @@ class _Seal:
         return _same(one, other)
 
 
-def _derive(master: Any, data: bytes) -> bytes:
+def _derive(master: blake2b, data: bytes) -> bytes:
     """ Return a keyed hash (BLAKE2b, RFC 7693), continued with these data. """
     key = master.copy()
     key.update(data)
-    digest: bytes = key.digest()
-    return digest
+    return key.digest()
 
 
 class _Keeper(_Seal):
@@ -413,46 +412,38 @@ def _same(one: Any, other: Any) -> bool:
         return one is other
     if kind in _ATOMS:
         return bool(one == other)
-    form = _canonical(one)
-    return form == _canonical(other) or _same_but_for_order(form, one, other)
+    return _canonical(one) == _canonical(other)
 
 
-def _canonical(value: Any) -> bytes:
+class _Canonical(pickle.Pickler):
+    """ Pickles equal sets to the same bytes, whatever the order of their elements. """
+
+    def persistent_id(self, value: Any) -> Any:
+        if type(value) not in (set, frozenset):
+            return None
+        return _kind(value), sorted(map(_canonical, value))
+
+
+def _canonical(value: Any, pickler: type[pickle.Pickler] = pickle.Pickler) -> bytes:
     """ Return bytes that are the same only for equal values, to their types.
 
         Without pickle's memo they do not tell which parts are one and the same
         object. Never for what is stored. With a cycle only the memo ends.
     """
     stream = io.BytesIO()
-    pickler = pickle.Pickler(stream, 5)
-    pickler.fast = True
+    writer = pickler(stream, 5)
+    writer.fast = True
     try:
-        pickler.dump(value)
-        return stream.getvalue()
+        writer.dump(value)
     except ValueError:
         return pickle.dumps(value, 5)
     except Exception as error:  # also from methods of the user's classes
         _log.debug('cannot compare a %s, so it counts as a change: %s', _kind(value), _kind(error))
         return os.urandom(16)
-
-
-def _same_but_for_order(form: bytes, one: Any, other: Any) -> bool:
-    """ Tell whether two values with other canonical forms are equal all the same: the
-        order of a set is no part of it. `form` says whether there is a set. """
-    kind = type(one)
-    if kind not in (set, frozenset, dict, list, tuple) or kind is not type(other) \
-            or len(one) != len(other) or not (b'\x8f' in form or b'\x91' in form):
-        return False
-    if kind is dict:
-        one, other = one.items(), other.items()
-    elif kind not in (list, tuple):
-        one, other = sorted(map(_sortable, one)), sorted(map(_sortable, other))
-    return all(map(_same, one, other))
-
-
-def _sortable(element: Any) -> bytes:
-    """ Return what an element of a set is sorted and compared by. """
-    return _canonical(sorted(map(_sortable, element)) if type(element) is frozenset else element)
+    form = stream.getvalue()
+    if pickler is pickle.Pickler and (b'\x8f' in form or b'\x91' in form):  # it has a set
+        return _canonical(value, _Canonical)
+    return form
 
 
 ###############################################################################
@@ -1443,8 +1434,7 @@ class _Owners:
         except _Unreadable as error:
             _log.warning('a list of log-ins %s; it is treated as empty', error)
             return record, {}
-        entries = payload if self._seal.keeps_values else json.loads(payload)
-        return record, {name: _Entry(*entry) for name, entry in entries.items()}
+        return record, {name: _Entry(*entry) for name, entry in json.loads(payload).items()}
 
     def _change(self, id: str, change: Callable[[dict[str, _Entry]], bool], durable: bool) -> None:
         """ Apply `change` to a list; it says whether there is something to store. """
@@ -1453,14 +1443,13 @@ class _Owners:
             record, entries = self._load(id)
             if not change(entries):
                 return
-            new = entries and seal.seal(_LOGINS, id, _NO_HEAD, entries if seal.keeps_values
-                                        else json.dumps(entries).encode('ascii'))
+            new = seal.seal(_LOGINS, id, _NO_HEAD, json.dumps(entries).encode('ascii'))
             expires = max((entry.expires for entry in entries.values()), default=0.0)
             if record is not None and not record:  # damaged
                 store.remove(name)
             if not record:
-                done = not new or store.create(name, new, expires, durable)
-            elif not new:
+                done = not entries or store.create(name, new, expires, durable)
+            elif not entries:
                 done = _patiently(1.0, '', store.remove, name, record[:_VERSION])
             else:
                 done = new == _patiently(1.0, '', store.replace, name, record[:_VERSION], new,
@@ -1472,17 +1461,9 @@ class _Owners:
 
 #: Who waits for the lock of a session in this process, in order of arrival.
 _queues: dict[str, list[object]] = {}
-_process = object()  # another one in each child
-
-
-def _begin_process() -> None:
-    global _process
-    _process = object()
-    _queues.clear()
-
 
 if hasattr(os, 'register_at_fork'):
-    os.register_at_fork(after_in_child=_begin_process)
+    os.register_at_fork(after_in_child=_queues.clear)
 
 
 def _patiently(seconds: float | None, name: str, attempt: Callable[..., Any], *args: Any) -> Any:
@@ -1532,12 +1513,13 @@ class _Visit:
 
         `touched` holds the keys that this request may have changed, with the values
         that they had before: those it set or deleted, and those whose values were handed
-        out and can be changed inside.
+        out and can be changed inside. Once the whole dict was handed out (`open`), it has
+        all that were there before.
     """
 
     __slots__ = ('session', 'request', 'data', 'id', 'name', 'record', 'head', 'payload', 'older',
                  'expires', 'due', 'options', 'touched', 'open', 'parsed', 'forms', 'fresh',
-                 'dumped', 'ended', 'moved', 'born', 'cookie', 'why', 'watched', 'depth',
+                 'dumped', 'ended', 'moved', 'cookie', 'why', 'watched', 'depth',
                  'snapshot', 'held')
 
     def __init__(self, session: Session, request: _Request) -> None:
@@ -1553,13 +1535,12 @@ class _Visit:
         self.due = False            # this use is to be recorded
         self.options = _NOTHING     # what the head is to say instead
         self.touched: dict[Any, Any] = {}
-        self.open = False           # the whole dict was handed out: keys may be added
+        self.open = False           # the whole dict was handed out
         self.parsed: dict[Any, Any] | None = None  # the payload, loaded once more
         self.forms = self.fresh = _NOTHING  # canonical, of what is stored and what is now
         self.dumped: tuple[Any, ...] = _NOTHING, None, _NOTHING  # data, parsed, forms to store
         self.ended = False          # by another request: nothing can be stored
         self.moved = False          # the browser sent an id that has just got a new one
-        self.born = False           # the id was made in this request
         self.cookie: str | None = None  # what to tell the browser
         self.why = 'the browser sent no cookie of ours'
         self.watched = False        # nothing saves it by itself
@@ -1627,7 +1608,7 @@ class _Visit:
     def changes(self) -> list[Any]:
         """ Return the keys whose values differ from what is stored. """
         touched, data, changed = self.touched, self.data, []
-        self.fresh = _NOTHING
+        self.fresh, retyped = {}, None
         if self.open:
             touched = {**dict.fromkeys(data, _MISSING), **touched}
         for key, old in touched.items():
@@ -1635,23 +1616,28 @@ class _Visit:
             if type(new) is type(old) in _ATOMS and type(key) is str:  # nearly all are like this
                 if new != old:
                     changed.append(key)
-            elif self._differs(key, old, new):
-                changed.append(key)
+            else:
+                if type(key) is not str and retyped is None:
+                    retyped = self._retyped_keys()
+                if retyped and key in retyped or self._differs(key, old, new):
+                    changed.append(key)
         return changed
+
+    def _retyped_keys(self) -> set[Any]:
+        """ Return the keys that are equal to a stored one, but to its type: True for 1. """
+        mine, theirs = ({(_canonical(key), key) for key in keys}
+                        for keys in (self.data, self.stored()))
+        return {key for _, key in mine ^ theirs}
 
     def _differs(self, key: Any, old: Any, new: Any) -> bool:
         if old is _MISSING or new is _MISSING:
             return old is not new
-        if type(key) is not str and not all(any(_same(key, one) for one in keys)
-                                            for keys in (self.data, self.stored())):
-            return True  # True has taken the place of 1
         if type(old) in _PLAIN or self.session._seal.keeps_values:
             return not self.session._seal.same(old, new)
         # The old value may have been changed inside: see what is stored.
         form = self.forms.get(key) or _canonical(self.stored().get(key))
-        self.fresh = {**self.fresh, key: _canonical(new)}
-        return form != self.fresh[key] and not _same_but_for_order(
-            form, self.stored().get(key), new)
+        self.fresh[key] = _canonical(new)
+        return bool(form != self.fresh[key])
 
     def stored(self) -> dict[Any, Any]:
         """ Return the data as they are stored, for comparing. """
@@ -1681,7 +1667,9 @@ class _Visit:
         try:
             payload = seal.dumps(data)
             for key in () if seal.keeps_values else changed:
-                if not (seal.pickles and type(key) in _PLAIN and type(data.get(key)) in _PLAIN):
+                value = data.get(key)
+                if not (seal.pickles and type(key) in _PLAIN and type(value) in _PLAIN) or (
+                        getattr(value, 'tzinfo', None) not in (None, timezone.utc)):
                     parsed = seal.loads(payload)
                     break
         except Exception as error:
@@ -1803,10 +1791,13 @@ class _Visit:
         """ Accept that the session ended elsewhere: nothing can bring it back. """
         _log.info('session %s: a save was dropped, it was purged, regenerated or expired '
                   'meanwhile', _public(self.name))
-        self.why = 'it was purged, regenerated or expired elsewhere during this request'
-        self.ended, self.moved, self.id = True, False, None
-        self.head, self.payload, self.parsed = _NO_HEAD, None, None
+        self._forget('it was purged, regenerated or expired elsewhere during this request', True)
         return False
+
+    def _forget(self, why: str, ended: bool) -> None:
+        self.why, self.ended, self.moved, self.older = why, ended, False, False
+        self.id, self.head, self.payload, self.parsed = None, _NO_HEAD, None, None
+        self.forms = self.fresh = _NOTHING
 
     def _next_head(self, owner: str | None = None) -> _Head:
         """ Return a head that records this use, and mends what a wrong clock left. """
@@ -1851,7 +1842,6 @@ class _Visit:
         """ Go on as the session that `_create` stored. """
         self.id, self.name, self.record, self.head, self.payload, self.expires = new
         self.older = self.ended = self.moved = False
-        self.born = True
         self._settle()
         self._tell()
 
@@ -1927,9 +1917,8 @@ class _Visit:
             if owner:
                 session._owners.leave(owner, name)
         self.let_go()
-        self.id, self.why = None, 'it was purged in this request'
-        self.ended = self.moved = self.older = self.born = False
-        self.head, self.payload, self.data = _NO_HEAD, None, {} if self.data is None else self.data
+        self._forget('it was purged in this request', False)
+        self.data = {} if self.data is None else self.data
         self.data.clear()
         self.dumped = _NOTHING, None, _NOTHING
         self._settle()
@@ -1939,33 +1928,32 @@ class _Visit:
     def _tell(self) -> None:
         """ Have the browser told of the id. """
         session = self.session
-        max_age = self.expires - session.clock() if self.permanent() else None
+        max_age = self.expires - session.clock() if self.option('permanent') > 0 else None
         self.cookie = session._cookie.line(_is_https(self.request.environ), self.id or '', max_age)
 
-    def days(self) -> float:
-        return float(self.options.get('days') or self.head.days or self.session._days)
+    def option(self, name: str) -> Any:
+        """ Return days or permanent, as this request sees it. """
+        return self.options.get(name) or getattr(self.head, name) or getattr(
+            self.session, '_' + name)
 
-    def permanent(self) -> bool:
-        permanent = self.options.get('permanent', self.head.permanent)
-        return bool(self.session._permanent if permanent < 0 else permanent)
-
-    def set_option(self, name: str, value: float, stored: float) -> None:
+    def set_option(self, name: str, value: float) -> None:
         """ Have the next save store days or permanent, if that is a change. """
-        others = {key: self.options[key] for key in self.options if key != name}
-        self.options = others if value == stored else {**others, name: value}
+        self.options = {key: self.options[key] for key in self.options if key != name}
+        if value != self.option(name):
+            self.options[name] = value
 
     # Locks, and `with`
 
     def _lock(self) -> Any:
         """ Return what `Store.lock` gave. A forked child does not have its parent's. """
         held = self.held
-        return held[1] if held and held[0] == self.name and held[2] is _process else None
+        return held[1] if held and held[0] == self.name and held[2] == os.getpid() else None
 
     def let_go(self) -> None:
         if self.held:
             (name, lock, process), self.held = self.held, None
             try:
-                if process is _process:
+                if process == os.getpid():
                     self.session.store.unlock(name, lock)
             except StoreError as error:
                 _log.warning('session %s: its lock ends by itself, it could not be released: %s',
@@ -1976,7 +1964,7 @@ class _Visit:
         got = _patiently(self.session.lock_timeout, name, self.session.store.lock, name)
         if got is None:
             return None
-        self.held = name, got[0], _process
+        self.held = name, got[0], os.getpid()
         return got[1]
 
     def enter(self) -> None:
@@ -2123,16 +2111,14 @@ class Session(MutableMapping):  # type: ignore[type-arg]
                  samesite: str | None = 'lax', path: str = '/', domain: str | None = None,
                  partitioned: bool = False, lock_timeout: float = 10.0,
                  max_logins: int | None = 100, serializer: Any = pickle) -> None:
-        def put(name: str, value: Any) -> None:
-            object.__setattr__(self, name, value)
-
+        put = functools.partial(object.__setattr__, self)
         secrets = _check_secrets(secret)
         self._cookie = _Cookie(cookie_name, secure, httponly, samesite, path, domain, partitioned)
         put('cookie_name', cookie_name)
         put('name', 'session' if cookie_name == 'bsession' else 'session:' + cookie_name)
         self._days = _check_days('days', days)
         self._max_age = math.inf if max_days is None else _check_days('max_days', max_days) * _DAY
-        self._permanent = _check_flag('permanent', permanent)
+        self._permanent = 1 if _check_flag('permanent', permanent) else -1
         _require(max_logins is None or type(max_logins) is int,
                  'max_logins=%r: use a whole number, or None for no limit', max_logins, TypeError)
         _require(max_logins is None or max_logins > 0,
@@ -2249,23 +2235,20 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def days(self) -> float:
         """ How long this session lives after its last use. Setting it is a change
             of this session, to be saved; alone it begins none. """
-        return self._loaded().days()
+        return float(self._loaded().option('days'))
 
     @days.setter
     def days(self, days: float) -> None:
-        visit = self._loaded()
-        visit.set_option('days', float(_check_days('days', days)), visit.head.days or self._days)
+        self._loaded().set_option('days', float(_check_days('days', days)))
 
     @property
     def permanent(self) -> bool:
         """ Whether this session's cookie outlives the browser; to be set like `days`. """
-        return self._loaded().permanent()
+        return bool(self._loaded().option('permanent') > 0)
 
     @permanent.setter
     def permanent(self, permanent: bool) -> None:
-        visit, number = self._loaded(), int(_check_flag('permanent', permanent))
-        stored = visit.head.permanent
-        visit.set_option('permanent', number, self._permanent if stored < 0 else stored)
+        self._loaded().set_option('permanent', 1 if _check_flag('permanent', permanent) else -1)
 
     def explain(self) -> str:
         """ Return why the session is what it is, in one sentence, for debugging. """
@@ -2274,9 +2257,10 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         parts = ['There is no stored session: ' + visit.why]
         if visit.id:
             age = timedelta(seconds=int(max(0, self.clock() - visit.head.created)))
-            parts = ['Session %s %s' % (self.id, 'is new: it was stored in this request'
-                     if visit.born else 'was loaded; it began %s ago and holds %d keys'
-                     % (age, len(self)))]
+            parts = ['Session %s was loaded; it began %s ago and holds %d keys'
+                     % (self.id, age, len(self))]
+            if visit.id not in self._cookie.ids(visit.request.environ):
+                parts = ['Session %s is new: it was stored in this request' % self.id]
         if why_not:
             parts.append('the browser cannot send its cookie here: ' + why_not)
         if visit.older:
@@ -2368,19 +2352,22 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         visit = self._visit()
         data = visit.data
         value = (visit.load() if data is None else data)[key]
-        if type(value) not in _PLAIN and not self._seal.keeps_values:
+        if type(value) not in _PLAIN and not visit.open and not self._seal.keeps_values:
             visit.touched.setdefault(key, value)
         return value
 
     def __setitem__(self, key: Any, value: Any) -> None:
         visit = self._visit()
         data = visit.load()
-        visit.touched.setdefault(key, data.get(key, _MISSING))
+        if not visit.open:
+            visit.touched.setdefault(key, data.get(key, _MISSING))
         data[key] = value
 
     def __delitem__(self, key: Any) -> None:
         visit = self._visit()
-        visit.touched.setdefault(key, visit.load().pop(key))
+        old = visit.load().pop(key)
+        if not visit.open:
+            visit.touched.setdefault(key, old)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._visit().load())
@@ -2400,8 +2387,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def update(self, /, *args: Any, **kwargs: Any) -> None:
         visit, new = self._visit(), dict(*args, **kwargs)
         data = visit.load()
-        old = {key: data.get(key, _MISSING) for key in new}
-        visit.touched = {**old, **visit.touched}
+        if not visit.open:
+            visit.touched = {**{key: data.get(key, _MISSING) for key in new}, **visit.touched}
         data.update(new)
 
     def __ior__(self, other: Any) -> Session:  # type: ignore[misc]
@@ -2444,10 +2431,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def _visit(self) -> _Visit:
         """ Return this request's visit. """
         request = _current.get()
-        visit = request.visits.get(self)
-        if visit is None:
-            return _begin_visit(self, request)
-        return visit
+        return request.visits.get(self) or _begin_visit(self, request)
 
     def _loaded(self) -> _Visit:
         visit = self._visit()
@@ -2473,33 +2457,22 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             argument = inspect.signature(route.callback).parameters.get('session')
         except (TypeError, ValueError):  # a callable that does not tell
             argument = None
-        if argument is None or argument.kind not in (argument.POSITIONAL_OR_KEYWORD,
-                                                     argument.KEYWORD_ONLY):
-            return callback
-
-        def with_session(*args: Any, **kwargs: Any) -> Any:
-            kwargs.setdefault('session', self)
-            return callback(*args, **kwargs)
-
-        return with_session
+        if argument and argument.kind in (argument.POSITIONAL_OR_KEYWORD, argument.KEYWORD_ONLY):
+            return functools.partial(callback, session=self)  # a wildcard <session> comes first
+        return callback
 
     def _saves_itself(self, request: _Request) -> bool:
         """ Tell whether this request saves without being told. """
         if self._seal.keeps_values:
             return True
-        plugins = list(request.app.plugins) if request.app else []
-        for route in *request.mounts, request.environ.get('bottle.route'):
-            if route is None:  # not found
-                continue
+        plugins = list(request.app.plugins)
+        for route in filter(None, (*request.mounts, request.environ.get('bottle.route'))):
             for skip in route.skiplist:
                 if skip is self or skip is Session or skip == self.name or (
                         skip is True and route not in request.mounts):  # which have it anyway
                     return False
             plugins += route.app.plugins + route.plugins
-        for plugin in plugins:
-            if plugin is self:
-                return True
-        return False
+        return id(self) in map(id, plugins)  # `==` of somebody's plugin may raise
 
 
 def _utc(seconds: float) -> datetime:
@@ -2618,17 +2591,15 @@ class _Request:
                 self.finish(not self.crashed and not (self.failed and status[:3] == '503'))
             except Exception as error:
                 status, headers, exc_info = self._fail(error)
-            present = dict(headers)
             for visit in self.visits.values():
+                present = dict(headers)
                 if visit.cookie:
                     headers.append(('Set-Cookie', visit.cookie))
                     if 'Cache-Control' not in present:
                         headers.append(('Cache-Control', 'no-store'))
-                        present['Cache-Control'] = ''
                 if visit.data is not None and not (
                         'Vary' in present and _VARIES(present['Vary'])):
                     headers.append(('Vary', 'Cookie'))
-                    present['Vary'] = 'Cookie'
         write = self.start_response(status, headers, exc_info)
         self.sent = True  # a server may refuse the headers, then Bottle comes again
         return write
@@ -2646,9 +2617,8 @@ class _Request:
                 raise error
             self.environ['wsgi.errors'].write(traceback.format_exc())
             error = HTTPError(500, 'Internal Server Error', error, traceback.format_exc())
-        self.failure = self.app._cast(error)
-        if self.environ['REQUEST_METHOD'] == 'HEAD':
-            self.failure = []
+        body = self.app._cast(error)
+        self.failure = [] if self.environ['REQUEST_METHOD'] == 'HEAD' else body
         return bottle.response.status_line, bottle.response.headerlist, None
 
     def end(self) -> None:

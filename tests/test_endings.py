@@ -4,6 +4,7 @@
 
 import contextlib
 import copy
+import datetime
 import io
 import logging
 import os
@@ -23,7 +24,7 @@ from harness import (  # noqa: E402
     DAY, SECRET, Boom, Browser, adding, cases, clock, held, known, logged,
     nothing_secret_is_logged, place, raises, redis_url, saves, session, stores)
 
-from bottle_session import Session, StoreError  # noqa: E402
+from bottle_session import Session, SessionError, StoreError  # noqa: E402
 
 every_store = stores('memory', 'file', 'own', 'redis')
 three_stores = stores('memory', 'file', 'own')
@@ -408,3 +409,58 @@ def test_explain_says_that_the_cookie_header_is_too_long(session):
     assert '16 KB' in text and re.search('too long|longer', text)
     visitor.cookies['other'] = 'x'
     assert '16 KB' not in visitor.do(session.explain)
+
+
+@three_stores
+def test_what_was_compared_before_a_purge_says_nothing_of_the_session_after_it(place):
+    session = place()
+    visitor = Browser(session)
+
+    def code():
+        session['cart'] = [1, 2]
+        session.save()
+        session['cart'].append(3)
+        assert session['cart'] == [1, 2, 3] and session.dirty is (place.kind != 'memory')
+        session.purge()
+        session['cart'] = [9]
+        assert session.save()
+        session['cart'] = [1, 2, 3]
+        assert session.dirty and session.save()
+
+    visitor.do(code)
+    assert visitor.data() == {'cart': [1, 2, 3]}
+
+
+class Zone(datetime.tzinfo):
+    """ The pitfall of tzinfo: unless it says otherwise, it loads without arguments. """
+
+    def __init__(self, name):
+        self.name = name
+
+
+@sealed_two
+def test_a_time_whose_zone_does_not_load_back_is_not_stored(session):
+    visitor = known(session, **JOE)
+    with pytest.raises(SessionError, match='when.*datetime'):
+        visitor.do(saves(session, when=datetime.datetime(2026, 1, 2, tzinfo=Zone('x'))))
+    good = datetime.datetime(2026, 1, 2, tzinfo=datetime.timezone(datetime.timedelta(hours=1)))
+    visitor.do(saves(session, when=good))
+    assert visitor.data() == {**JOE, 'when': good}
+
+
+@three_stores
+@cases('first', ['session', 'data'])
+def test_a_key_that_came_by_session_data_is_changed_by_either_way(session, first):
+    visitor = known(session, **JOE)
+
+    def code():
+        session.data['n'] = 1
+        if first == 'data':
+            session.data['n'] = 2
+        session['n'] = 2
+        session.update(n=2, m=3)
+        del session['m']
+        assert session.save()
+
+    visitor.do(code)
+    assert visitor.data() == {**JOE, 'n': 2}

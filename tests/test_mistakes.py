@@ -21,15 +21,18 @@ logging.basicConfig(format='%(levelname)s %(message)s', stream=sys.stdout)
 logging.captureWarnings(True)
 import bottle, bottle_session
 from bottle_session import Session
-from webtest import TestApp
+from io import StringIO
+from wsgiref.util import setup_testing_defaults
 
 SECRET = 'a secret of more than sixteen bytes'
 app = bottle.Bottle()
 
 def visit(route, **environ):
     app.route('/', callback=route)
-    answer = TestApp(app, extra_environ=environ).get('/', expect_errors=True)
-    print(answer.status_int, answer.text, answer.errors)
+    environ['wsgi.errors'], started = StringIO(), []
+    setup_testing_defaults(environ)
+    body = app(environ, lambda status, *_: started.append(status[:3]))
+    print('\\n' + started[0], b''.join(body).decode(), environ['wsgi.errors'].getvalue())
 '''
 
 # mistake: (the rest of the script, what is said, what names the remedy)
@@ -118,8 +121,8 @@ def test_mistake_a_directory_of_root_is_said_with_owner_and_remedy(tmp_path):
         pytest.skip('needs root, to make a directory that is not ours')
     os.chmod(tmp_path, 0o755)
     output = output_of(BEGIN + '''
-os.setgid(65534); os.setuid(65534)
 session = Session(SECRET, sys.argv[1], mode='file')
+os.setgid(65534); os.setuid(65534)
 visit(lambda: session.update(n=1) or session.save())
 ''', str(tmp_path / 'sessions'), at='/')
     assert 'belongs to user 0, and this process runs as user 65534' in output, output

@@ -17,9 +17,9 @@ from conftest import HERE, STRESS, Visitor, free_port, package, run, serve, toge
 pytestmark = pytest.mark.skipif(not hasattr(os, 'killpg'), reason='needs a Unix: its servers')
 
 
-@pytest.fixture(scope='module', params=[
-    'wsgiref memory', 'wsgiref file', 'waitress memory', 'waitress redis',
-    'gthread file', 'gthread redis', 'gevent 1 memory', 'gevent file', 'gevent redis'])
+# Each kind of server and each store, and of what has several processes each store for them.
+@pytest.fixture(scope='module', params=['wsgiref memory', 'waitress file', 'gthread file',
+                                        'gthread redis', 'gevent 1 memory', 'gevent redis'])
 def server(request, tmp_path_factory):
     kind, _, mode = request.param.rpartition(' ')
     if mode == 'redis':
