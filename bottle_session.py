@@ -1695,7 +1695,7 @@ class _Visit:
         if payload is None:
             return False
         if not self.id:
-            self._become(*self._create(payload, self._next_head()))
+            self._become(*self._create(payload, self._next_head(), None))
             return True
         while True:
             stored = self._put(payload, self.session.lock_timeout)
@@ -1820,13 +1820,13 @@ class _Visit:
 
     # New ids, and the end
 
-    def _create(self, payload: Any, head: _Head, entry: _Entry | None = None,
-                durable: bool = False) -> tuple[Any, ...]:
-        """ Store the data under a new id; return what `_become` takes. """
+    def _create(self, payload: Any, head: _Head, entry: _Entry | None) -> tuple[Any, ...]:
+        """ Store the data under a new id, durably if somebody logs in or the old id is to
+            end (`entry`); return what `_become` takes. """
         if self.request.sent:
             raise SessionError('Headers sent: a new session or id cannot be told to the browser '
                                'any more. Save before the first chunk is yielded.')
-        session, expires = self.session, self.session._expires(head)
+        session, expires, durable = self.session, self.session._expires(head), bool(entry)
         while True:
             id = _new_id()
             name = session._seal.name(id)
@@ -1858,7 +1858,7 @@ class _Visit:
                 return
             data.clear()  # a log-in begins anew, without what somebody logged out of
         if data or owner:
-            self._become(*self._create(self.dumps(data), self._next_head(owner), entry, True))
+            self._become(*self._create(self.dumps(data), self._next_head(owner), entry))
 
     def _move(self, owner: str | None, entry: _Entry) -> bool:
         """ Store the session under a new id and end the old one; False if it is gone. """
@@ -1868,8 +1868,7 @@ class _Visit:
             while lives:
                 now = session.clock()
                 mark = session._seal.seal(_MOVED, self.id or '', _NO_HEAD._replace(used=now))
-                new = self._create(self.dumps(self.changes()), self._next_head(owner),
-                                   entry, True)
+                new = self._create(self.dumps(self.changes()), self._next_head(owner), entry)
                 try:
                     stored = _patiently(session.lock_timeout, '', session.store.replace, name,
                                         self.record[:_VERSION], mark, now + _MARK, self._lock(),
@@ -2222,14 +2221,12 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     @property
     def created(self) -> datetime | None:
         """ When the session began (UTC); None when there is no stored session. """
-        visit = self._loaded()
-        return _utc(visit.head.created) if visit.id else None
+        return _utc(self._loaded().head.created)
 
     @property
     def used(self) -> datetime | None:
         """ When its last use was recorded (UTC); None when there is no stored session. """
-        visit = self._loaded()
-        return _utc(visit.head.used) if visit.id else None
+        return _utc(self._loaded().head.used)
 
     @property
     def days(self) -> float:
@@ -2475,8 +2472,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         return id(self) in map(id, plugins)  # `==` of somebody's plugin may raise
 
 
-def _utc(seconds: float) -> datetime:
-    return datetime.fromtimestamp(seconds, timezone.utc)
+def _utc(seconds: float) -> datetime | None:
+    return datetime.fromtimestamp(seconds, timezone.utc) if seconds else None
 
 
 def _check_days(argument: str, days: float) -> float:
