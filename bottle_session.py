@@ -1558,16 +1558,13 @@ class _Visit:
         session = self.session
         for id in session._cookie.ids(self.request.environ):
             name = session._seal.name(id)
-            try:
-                data = self._open(id, name, (fetch or session.store.load)(name))
-            except MemoryError as error:  # it may be well in a moment
-                raise StoreError() from error
+            data = self._open(id, name, (fetch or session.store.load)(name))
             if data is not None:
-                self.id, self.name, self.data = id, name, data
-                return data
+                break
             self.let_go()
-        self.ended = self.moved
-        self.data = data = {}
+        else:
+            data, self.ended = {}, self.moved
+        self.data = data
         return data
 
     def _open(self, id: str, name: str, record: Any) -> dict[Any, Any] | None:
@@ -1594,7 +1591,10 @@ class _Visit:
             self.why = 'the stored session %s' % error
             _log.warning('session %s %s; it is treated as absent', _public(name), error)
             return None
-        self.record, self.head, self.payload, self.older = record, head, payload, older
+        except MemoryError as error:  # it may be well in a moment
+            raise StoreError() from error
+        self.id, self.name, self.record, self.payload = id, name, record, payload
+        self.head, self.older = head, older
         self.expires, self.due = expires, not -_MONTH <= now - used < life / 30
         return data
 
