@@ -1355,16 +1355,16 @@ class _Owners:
     def leave(self, owner: str, name: str) -> None:
         """ Take a session that ended out of the lists. """
         try:
-            self._leave(self._seal.list_ids(owner), {name}, False)
+            self._leave(owner, {name}, False)
         except (StoreError, SessionBusy) as error:
             _log.warning('session %s ended, and is listed until it expires: %s',
                          _public(name), error)
 
-    def _leave(self, ids: list[str], names: set[str], durable: bool) -> None:
+    def _leave(self, owner: str, names: set[str], durable: bool) -> None:
         def change(entries: dict[str, _Entry]) -> bool:
             return bool([entries.pop(name) for name in names.intersection(entries)])
 
-        for id in ids:
+        for id in self._seal.list_ids(owner):
             self._change(id, change, durable)
 
     def revoke(self, owner: str, wanted: Callable[[str], bool], now: float) -> int:
@@ -1382,7 +1382,7 @@ class _Owners:
             ended += sum(kinds[name] == _SESSION and going[name].expires > now for name in going)
             moved = {going[name].created for name, kind in kinds.items() if kind == _MOVED}
             done.update(going)
-        self._leave(self._seal.list_ids(owner), done, True)
+        self._leave(owner, done, True)
         return ended
 
     def trim(self, owner: str, newest: str, most: int, now: float) -> None:
@@ -2704,13 +2704,13 @@ class _Body:
 
     def close(self) -> None:
         try:
-            self._resume(getattr(self._body, 'close', int))
             self._resume(self._finish)
         finally:
             self._request.end()
 
     def _finish(self) -> None:
         request = self._request
+        getattr(self._body, 'close', int)()
         try:
             request.finish(not request.crashed)
         except SessionError as error:  # too late to answer with it
