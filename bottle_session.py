@@ -337,11 +337,10 @@ class _Seal:
                     record[1:13], record[13:], kind)
             except (self._forged, ValueError):  # ValueError: too short to be sealed
                 continue
-            created, used, days, permanent, size = _HEAD.unpack_from(plain)
+            *head, size = _HEAD.unpack_from(plain)
             end = _HEAD.size + size
             owner = plain[_HEAD.size:end].decode('utf-8', 'surrogatepass') if size else None
-            return (kind, _Head(created, used, days, permanent, owner), plain[end:],
-                    master is not self._keys[0])
+            return kind, _Head._make((*head, owner)), plain[end:], master is not self._keys[0]
         raise _Unreadable('is damaged, or was sealed with a secret that is not in the list')
 
     def loads(self, payload: Any) -> dict[Any, Any]:
@@ -2023,16 +2022,12 @@ class _Visit:
     def warn_if_changed(self) -> None:
         """ Warn of changes that nobody saved, once for each route. """
         rule, warned = self.request.rule(), self.session._warned
-        if rule in warned:
-            return
-        try:
-            changed = self.dirty()
-        except SessionError:
-            changed = True
-        if changed:
-            warned.add(rule)
-            _log.warning('%s changed the session and did not save that: call session.save() after '
-                         'the last change, use "with session:", or app.install(session)', rule)
+        with suppress(SessionError):  # what cannot be stored was changed, too
+            if rule in warned or not self.dirty():
+                return
+        warned.add(rule)
+        _log.warning('%s changed the session and did not save that: call session.save() after '
+                     'the last change, use "with session:", or app.install(session)', rule)
 
 
 ###############################################################################
