@@ -1351,10 +1351,11 @@ class _Owners:
 
         self._change(newest, change, durable)
 
-    def leave(self, owner: str, name: str) -> None:
-        """ Take a session that ended out of the lists. """
+    def leave(self, owner: str | None, name: str) -> None:
+        """ Take a session that ended out of its owner's lists, if it has one. """
         try:
-            self._leave(owner, {name}, False)
+            if owner:
+                self._leave(owner, {name}, False)
         except (StoreError, SessionBusy) as error:
             _log.warning('session %s ended, and is listed until it expires: %s',
                          _public(name), error)
@@ -1880,8 +1881,7 @@ class _Visit:
                     raise
                 if stored == mark:
                     self._become(*new)
-                    if owner_before:
-                        session._owners.leave(owner_before, name)
+                    session._owners.leave(owner_before, name)
                     return True
                 self._undo(*new)
                 lives = self._absorb(stored) and self._absorb(self._locked(name))
@@ -1894,8 +1894,7 @@ class _Visit:
         """ Remove what `_create` stored. """
         try:
             self.session.store.remove(name)
-            if head.owner:
-                self.session._owners.leave(head.owner, name)
+            self.session._owners.leave(head.owner, name)
         except StoreError as error:
             _log.warning('session %s is left until it expires: %s', _public(name), error)
 
@@ -1912,8 +1911,7 @@ class _Visit:
         for name in reversed(list(owners)):  # the one that the route sees at last
             session.store.remove(name)
         for name, owner in owners.items():
-            if owner:
-                session._owners.leave(owner, name)
+            session._owners.leave(owner, name)
         self.let_go()
         self._forget('it was purged in this request', False)
         self.data = {} if self.data is None else self.data
