@@ -363,6 +363,10 @@ class _Seal:
         """ Tell whether two values are equal. """
         return _same(one, other)
 
+    def form(self, value: Any) -> Any:
+        """ Return what tells later whether a value was changed inside; plain ones are not. """
+        return _Form(_canonical(value))
+
 
 def _derive(master: blake2b, data: bytes) -> bytes:
     """ Return a keyed hash (BLAKE2b, RFC 7693), continued with these data. """
@@ -389,6 +393,9 @@ class _Keeper(_Seal):
     def same(self, one: Any, other: Any) -> bool:
         return one is other or type(one) in _COMPARED and _same(one, other)
 
+    def form(self, value: Any) -> Any:
+        return value
+
 
 def _kind_of(record: Any) -> bytes:
     """ Return the kind of a record; b'' if there is none, or a damaged one. """
@@ -396,9 +403,14 @@ def _kind_of(record: Any) -> bytes:
     return kind
 
 
+class _Form(bytes):
+    """ The canonical form of a value, in its place. """
+
+
+_MISSING = _Form()  # where there is no value
 # What is never changed inside, and the part of it in which equal means the same.
-_PLAIN = frozenset((str, int, float, bool, bytes, type(None), complex, datetime, date, timedelta))
-_ATOMS = frozenset((str, int, bool, bytes, type(None)))
+_ATOMS = frozenset((str, int, bool, bytes, type(None), _Form))
+_PLAIN = _ATOMS | {float, complex, datetime, date, timedelta}
 #: What the memory mode compares by value; other objects are the same or not.
 _COMPARED = _PLAIN | {list, tuple, dict, set, frozenset}
 
@@ -1302,7 +1314,6 @@ _DAY = 86400.0
 _MONTH = 31 * _DAY  # that a clock may be wrong for a while
 _MARK = 60.0        # seconds that a moved id reads as empty
 _BLOCK = 3600.0     # seconds after which a log-in that began has ended, or its process
-_MISSING = object()
 _NOTHING: dict[Any, Any] = {}  # never changed
 
 Login = namedtuple('Login', 'id created used note here')
@@ -1512,15 +1523,14 @@ class _Visit:
     """ What one visitor's session is in one request.
 
         `touched` holds the keys that this request may have changed, with the values
-        that they had before: those it set or deleted, and those whose values were handed
-        out and can be changed inside. Once the whole dict was handed out (`open`), it has
-        all that were there before.
+        that are stored: those it set or deleted, and those whose values were handed
+        out and can be changed inside, with their forms. Once the whole dict was handed
+        out (`open`), it has all that are stored.
     """
 
     __slots__ = ('session', 'request', 'data', 'id', 'name', 'record', 'head', 'payload', 'older',
-                 'expires', 'due', 'options', 'touched', 'open', 'parsed', 'forms', 'fresh',
-                 'dumped', 'ended', 'moved', 'cookie', 'why', 'watched', 'depth',
-                 'snapshot', 'held')
+                 'expires', 'due', 'options', 'touched', 'open', 'dumped', 'ended', 'moved',
+                 'cookie', 'why', 'watched', 'depth', 'snapshot', 'held')
 
     def __init__(self, session: Session, request: _Request) -> None:
         self.session, self.request = session, request
@@ -1536,9 +1546,7 @@ class _Visit:
         self.options = _NOTHING     # what the head is to say instead
         self.touched: dict[Any, Any] = {}
         self.open = False           # the whole dict was handed out
-        self.parsed: dict[Any, Any] | None = None  # the payload, loaded once more
-        self.forms = self.fresh = _NOTHING  # canonical, of what is stored and what is now
-        self.dumped: tuple[Any, ...] = _NOTHING, None, _NOTHING  # data, parsed, forms to store
+        self.dumped = _NOTHING      # the changes in what was serialized last
         self.ended = False          # by another request: nothing can be stored
         self.moved = False          # the browser sent an id that has just got a new one
         self.cookie: str | None = None  # what to tell the browser
@@ -1602,55 +1610,45 @@ class _Visit:
         """ Return the data themselves, for any change. """
         data = self.load()
         if not self.open:
-            self.touched, self.open = {**data, **self.touched}, True
+            self.touched, self.open = {**self.forms(data), **self.touched}, True
         return data
 
-    def changes(self) -> list[Any]:
-        """ Return the keys whose values differ from what is stored. """
-        touched, data, changed = self.touched, self.data, []
-        self.fresh, retyped = {}, None
+    def forms(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
+        form = self.session._seal.form
+        return {key: value if type(value) in _PLAIN else form(value)
+                for key, value in data.items()}
+
+    def changes(self) -> dict[Any, Any]:
+        """ Return what differs from what is stored, with its forms. """
+        touched, data, seal = self.touched, self.data, self.session._seal
+        changed: dict[Any, Any] = {}
+        keys: dict[Any, Any] = {}
         if self.open:
-            touched = {**dict.fromkeys(data, _MISSING), **touched}
+            touched = {**touched, **{key: _MISSING for key in [*data] if key not in touched}}
         for key, old in touched.items():
             new = data.get(key, _MISSING)
             if type(new) is type(old) in _ATOMS and type(key) is str:  # nearly all are like this
                 if new != old:
-                    changed.append(key)
-            else:
-                if type(key) is not str and retyped is None:
-                    retyped = self._retyped_keys()
-                if retyped and key in retyped or self._differs(key, old, new):
-                    changed.append(key)
+                    changed[key] = new
+                continue
+            if type(key) is not str and key in data:
+                keys = keys or dict(zip(data, data))
+                if not _same(key, keys.get(key, key)):  # True took the place of 1
+                    old = _MISSING
+            if type(old) not in _PLAIN:
+                old = seal.form(old)
+            if type(new) not in _PLAIN:
+                new = seal.form(new)
+            if not seal.same(old, new):
+                changed[key] = new
         return changed
-
-    def _retyped_keys(self) -> set[Any]:
-        """ Return the keys that are equal to a stored one, but to its type: True for 1. """
-        mine, theirs = ({(_canonical(key), key) for key in keys}
-                        for keys in (self.data, self.stored()))
-        return {key for _, key in mine ^ theirs}
-
-    def _differs(self, key: Any, old: Any, new: Any) -> bool:
-        if old is _MISSING or new is _MISSING:
-            return old is not new
-        if type(old) in _PLAIN or self.session._seal.keeps_values:
-            return not self.session._seal.same(old, new)
-        # The old value may have been changed inside: see what is stored.
-        form = self.forms.get(key) or _canonical(self.stored().get(key))
-        self.fresh[key] = _canonical(new)
-        return bool(form != self.fresh[key])
-
-    def stored(self) -> dict[Any, Any]:
-        """ Return the data as they are stored, for comparing. """
-        if self.parsed is None:
-            self.parsed = self.session._seal.loads(self.payload) if self.id else {}
-        return self.parsed
 
     def pending(self) -> Any:
         """ Return the data serialized if a save would write them, else None. """
-        if not self.id:
-            return None if self.ended or not self.data else self.dumps(self.data)
+        if not self.id and (self.ended or not self.data):
+            return None
         changed = self.changes()
-        if not changed and not self.options:
+        if self.id and not changed and not self.options:
             return None
         payload = self.dumps(changed)
         if payload == self.payload and not self.options and not self.session._seal.keeps_values:
@@ -1661,16 +1659,16 @@ class _Visit:
         data = self.load()
         return self.pending() is not None if self.id else bool(data) and not self.ended
 
-    def dumps(self, changed: Iterable[Any]) -> Any:
+    def dumps(self, changed: dict[Any, Any]) -> Any:
         """ Return the data serialized. What does not load back must not be stored. """
-        data, seal, parsed = self.data.copy(), self.session._seal, None
+        data, seal, self.dumped = self.data.copy(), self.session._seal, changed
         try:
             payload = seal.dumps(data)
             for key in () if seal.keeps_values else changed:
                 value = data.get(key)
                 if not (seal.pickles and type(key) in _PLAIN and type(value) in _PLAIN) or (
                         getattr(value, 'tzinfo', None) not in (None, timezone.utc)):
-                    parsed = seal.loads(payload)
+                    seal.loads(payload)
                     break
         except Exception as error:
             for key, value in data.items():
@@ -1682,7 +1680,6 @@ class _Visit:
                         'plain values, or what identifies the object.'
                         % (key, _kind(value), reason)) from error
             raise SessionError('The session cannot be stored: %s' % error) from error
-        self.dumped = data, parsed, self.fresh
         return payload
 
     # Saving
@@ -1748,14 +1745,10 @@ class _Visit:
     def _settle(self) -> None:
         """ Note what is stored. Values that can be changed inside may still be in
             somebody's hands, and a thread of the route may have set a key meanwhile. """
-        saved, self.parsed, self.forms = self.dumped
-        data, keeps = self.data, self.session._seal.keeps_values
-        touched = dict(saved) if self.open else {}
-        for key in self.touched:
-            value = saved.get(key, _MISSING)
-            if type(value) not in _PLAIN and not keeps or value is not data.get(key, _MISSING):
-                touched[key] = value
-        self.touched, self.due, self.options = touched, False, _NOTHING
+        data, touched = self.data, {**self.touched, **self.dumped}
+        self.touched = {key: stored for key, stored in touched.items()
+                        if self.open or stored is not data.get(key, _MISSING)}
+        self.due, self.options = False, _NOTHING
         if self.depth:
             self.snapshot = self.payload, self.options
 
@@ -1764,7 +1757,7 @@ class _Visit:
             whether the session still exists. """
         if record and record == self.record:
             return self.session.clock() < self.expires
-        data, old, changed = self.data, self.stored(), set(self.changes())
+        data, old, changed = self.data, self.session._seal.loads(self.payload), self.changes()
         newest, same = self._open(self.id or '', self.name, record), self.session._seal.same
         if newest is None:
             return False
@@ -1783,8 +1776,7 @@ class _Visit:
         if changed:
             _log.info('session %s: merged with a save of another request', _public(self.name))
         touched = {**newest, **self.touched} if self.open else self.touched
-        self.touched = {key: newest.get(key, _MISSING) for key in touched}
-        self.parsed, self.forms = None, {}  # the values of `newest` are in use now
+        self.touched = self.forms({key: newest.get(key, _MISSING) for key in touched})
         return True
 
     def _lose(self) -> bool:
@@ -1796,8 +1788,8 @@ class _Visit:
 
     def _forget(self, why: str, ended: bool) -> None:
         self.why, self.ended, self.moved, self.older = why, ended, False, False
-        self.id, self.head, self.payload, self.parsed = None, _NO_HEAD, None, None
-        self.forms = self.fresh = _NOTHING
+        self.id, self.head, self.payload = None, _NO_HEAD, None
+        self.touched = dict.fromkeys(self.touched, _MISSING)
 
     def _next_head(self, owner: str | None = None) -> _Head:
         """ Return a head that records this use, and mends what a wrong clock left. """
@@ -1858,7 +1850,7 @@ class _Visit:
                 return
             data.clear()  # a log-in begins anew, without what somebody logged out of
         if data or owner:
-            self._become(*self._create(self.dumps(data), self._next_head(owner), entry))
+            self._become(*self._create(self.dumps(self.changes()), self._next_head(owner), entry))
 
     def _move(self, owner: str | None, entry: _Entry) -> bool:
         """ Store the session under a new id and end the old one; False if it is gone. """
@@ -1916,7 +1908,7 @@ class _Visit:
         self._forget('it was purged in this request', False)
         self.data = {} if self.data is None else self.data
         self.data.clear()
-        self.dumped = _NOTHING, None, _NOTHING
+        self.dumped = _NOTHING
         self._settle()
         if self.cookie or session.cookie_name + '=' in environ.get('HTTP_COOKIE', ''):
             self.cookie = session._cookie.line(_is_https(environ), '', 0)
@@ -1997,10 +1989,10 @@ class _Visit:
 
     def _restore(self, payload: Any, options: dict[str, float]) -> None:
         """ Go back to these data. """
-        data, self.options = self.load(), options
+        data, loads, self.options = self.load(), self.session._seal.loads, options
         data.clear()
-        data.update({} if payload is None else self.session._seal.loads(payload))
-        self.touched, self.forms, self.open = self.stored().copy(), {}, True
+        data.update({} if payload is None else loads(payload))
+        self.touched, self.open = self.forms(loads(self.payload) if self.id else {}), True
 
     def roll_back(self) -> None:
         """ Forget what a route that crashed did not save. """
@@ -2316,10 +2308,13 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         _check_owner(owner)
         _require(id is _MISSING or isinstance(id, str), 'revoke(owner, id) needs the id of one of '
                  'logins(), a str, not %r; revoke(owner) ends all', id, TypeError)
+
+        def wanted(name: str) -> bool:
+            return id is _MISSING or id == _public(name)
+
         here = self._name_here(owner)
-        ended = self._owners.revoke(owner, lambda name: id in (_MISSING, _public(name)),
-                                    self.clock())
-        if here and id in (_MISSING, _public(here)):
+        ended = self._owners.revoke(owner, wanted, self.clock())
+        if here and wanted(here):
             self.purge()
         return ended
 
@@ -2342,8 +2337,9 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         visit = self._visit()
         data = visit.data
         value = (visit.load() if data is None else data)[key]
-        if type(value) not in _PLAIN and not visit.open and not self._seal.keeps_values:
-            visit.touched.setdefault(key, value)
+        if not (type(value) in _PLAIN or visit.open or key in visit.touched
+                or self._seal.keeps_values):
+            visit.touched.setdefault(key, self._seal.form(value))
         return value
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -2355,7 +2351,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
 
     def __delitem__(self, key: Any) -> None:
         visit = self._visit()
-        old = visit.load().pop(key)
+        data = visit.load() if type(key) is str else visit.hand_out()
+        old = data.pop(key)
         if not visit.open:
             visit.touched.setdefault(key, old)
 
