@@ -552,7 +552,7 @@ class MemoryStore(Store):
     def replace(self, name: str, version: Any, record: Any, expires: float,
                 lock: Any = None, durable: bool = False) -> Any:
         with self._mutex:
-            stored = self._records.get(name, (None,))[0]
+            stored = self.load(name)
             if stored is None:
                 return None
             if self._locks.get(name, lock) is not lock:
@@ -593,11 +593,10 @@ class MemoryStore(Store):
             return went, sum(sessions.values()) - went
 
     def _drop_expired(self, name: str, now: float) -> bool:
+        self._records.move_to_end(name)
         expired = self._records[name][1] <= now and name not in self._locks
         if expired:
             del self._records[name]
-        else:
-            self._records.move_to_end(name)
         return expired
 
 
@@ -1997,7 +1996,7 @@ class _Visit:
     def roll_back(self) -> None:
         """ Forget what a route that crashed did not save. """
         if self.data is not None:
-            self._restore(self.payload if self.id else None, {})
+            self._restore(self.payload, _NOTHING)
 
     # The end of the request
 
