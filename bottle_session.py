@@ -98,7 +98,7 @@ class _Unavailable(SessionError, HTTPError):  # type: ignore[misc]
 
     def apply(self, other: Any) -> None:
         """ Become the answer to the current request. """
-        _current.get().failed = True
+        _current.get().crash()
         HTTPError.apply(self, other)
 
 
@@ -445,9 +445,10 @@ def _canonical(value: Any, pickler: type[pickle.Pickler] = pickle.Pickler) -> by
     writer = pickler(stream, 5)
     writer.fast = True
     try:
-        writer.dump(value)
-    except ValueError:
-        return pickle.dumps(value, 5)
+        try:
+            writer.dump(value)
+        except ValueError:  # a cycle, perhaps
+            return pickle.dumps(value, 5)
     except Exception as error:  # also from methods of the user's classes
         _log.debug('cannot compare a %s, so it counts as a change: %s', _kind(value), _kind(error))
         return os.urandom(16)
@@ -1356,10 +1357,21 @@ class _Owners:
                 del entries[key]
             entries[name] = entry._replace(
                 created=old.created if entry.created is None else entry.created,
-                note=old.note if entry.note is None else entry.note)
+                note=old.note if entry.note is None else entry.note,
+                expires=max(entry.expires, entries[name].expires if name in entries else 0))
             return True
 
         self._change(newest, change, durable)
+
+    def shorten(self, owner: str, name: str, before: float, expires: float) -> None:
+        """ Let an entry end sooner, unless somebody else changed when it does. """
+        def change(entries: dict[str, _Entry]) -> bool:
+            if name not in entries or entries[name].expires != before:
+                return False
+            entries[name] = entries[name]._replace(expires=expires)
+            return True
+
+        self._change(self._seal.list_ids(owner)[0], change, False)
 
     def leave(self, owner: str | None, name: str) -> None:
         """ Take a session that ended out of its owner's lists, if it has one. """
@@ -1719,8 +1731,9 @@ class _Visit:
             head = self._next_head()
             expires = session._expires(head)
         listed = head.owner and (renewed or self.older)
-        if listed:  # never for less than either version
-            self._list(head, max(expires, self.expires))
+        if listed:  # as ending no sooner than either version
+            session._owners.enter(head.owner, name, _Entry(
+                None, head.used, max(expires, self.expires), None), name, False)
         record = session._seal.seal(_SESSION, self.id or '', head, payload)
         stored = _patiently(seconds, '', session.store.replace, name, self.record[:_VERSION],
                             record, expires, self.held and self._lock())
@@ -1732,14 +1745,10 @@ class _Visit:
         if renewed:
             before, self.head, self.expires = self.expires, head, expires
             if listed and expires < before:
-                self._list(head, expires)
+                session._owners.shorten(head.owner, name, before, expires)
             if not self.request.sent:
                 self._tell()
         return record
-
-    def _list(self, head: _Head, expires: float) -> None:
-        self.session._owners.enter(head.owner, self.name, _Entry(None, head.used, expires, None),
-                                   self.name, False)
 
     def _settle(self) -> None:
         """ Note what is stored. Values that can be changed inside may still be in
@@ -1783,6 +1792,7 @@ class _Visit:
         _log.info('session %s: a save was dropped, it was purged, regenerated or expired '
                   'meanwhile', _public(self.name))
         self._forget('it was purged, regenerated or expired elsewhere during this request', True)
+        self.cookie = None  # the browser may have a newer one by now
         return False
 
     def _forget(self, why: str, ended: bool) -> None:
@@ -2535,15 +2545,14 @@ class _Request:
     """ The request that is running: who visits, and how far it is. """
 
     __slots__ = ('app', 'environ', 'start_response', 'mounts', 'visits', 'sent', 'crashed',
-                 'failed', 'before', 'failure')
+                 'before', 'failure')
 
     def __init__(self, app: Any, environ: dict[str, Any], start_response: Any) -> None:
         self.app, self.environ, self.start_response = app, environ, start_response
         self.mounts: tuple[Any, ...] = ()  # the routes of mounted apps that led to this one
         self.visits: dict[Session, _Visit] = _NOTHING
         self.sent = False        # the headers are
-        self.crashed = False     # a route, a generator or an error handler is
-        self.failed = False      # the answer is an error of ours
+        self.crashed = False     # or it failed by an error of ours
         self.before: Any = None  # the exception that was on its way when the request began
         self.failure: Any = None  # the body of an error, instead of the route's
 
@@ -2574,7 +2583,7 @@ class _Request:
             if exc_info and sys.exc_info()[1] is exc_info[1]:  # an error handler crashed
                 self.crash()
             try:
-                self.finish(not self.crashed and not (self.failed and status[:3] == '503'))
+                self.finish(not self.crashed)
             except Exception as error:
                 status, headers, exc_info = self._fail(error)
             for visit in self.visits.values():
@@ -2610,7 +2619,7 @@ class _Request:
     def end(self) -> None:
         """ The request is over: nothing of it can be used any more. """
         for visit in self.visits.values():
-            if (visit.watched or visit.depth) and not self.crashed and not self.failed:
+            if (visit.watched or visit.depth) and not self.crashed:
                 visit.warn_if_changed()
             if visit.held:
                 visit.let_go()
@@ -2703,7 +2712,7 @@ class _Body:
         try:
             request.finish(not request.crashed)
         except SessionError as error:  # too late to answer with it
-            request.failed = True
+            request.crashed = True
             _log.warning('%s: a change after the first chunk was not saved: %s',
                          request.rule(), error)
 

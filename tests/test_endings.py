@@ -21,7 +21,7 @@ from bottle import HTTPResponse, redirect, request, response
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from harness import (  # noqa: E402
-    DAY, SECRET, Boom, Browser, adding, cases, clock, held, known, logged,
+    DAY, SECRET, Boom, Browser, adding, cases, clock, elsewhere, held, known, logged,
     nothing_secret_is_logged, place, raises, redis_url, saves, session, stores)
 
 from bottle_session import Session, SessionError, StoreError  # noqa: E402
@@ -464,3 +464,75 @@ def test_a_key_that_came_by_session_data_is_changed_by_either_way(session, first
 
     visitor.do(code)
     assert visitor.data() == {**JOE, 'n': 2}
+
+
+@three_stores
+def test_a_request_whose_session_ended_elsewhere_sends_no_cookie_of_an_earlier_save(place, clock):
+    session = place()
+    visitor = known(session, **JOE)
+    clock.tick(2 * DAY)  # so that the first save tells the cookie again
+    newer = visitor.tab()
+
+    def code():
+        session['a'] = 1
+        assert session.save()
+        elsewhere(newer.do, session.regenerate)
+        session['b'] = 2
+        assert not session.save()
+
+    visitor.do(code)
+    assert not visitor.told() and newer.data() == {**JOE, 'a': 1}
+
+
+class Closed:
+    def __getstate__(self):
+        raise ValueError('I/O operation on closed file.')
+
+
+@three_stores
+def test_a_value_that_cannot_be_compared_counts_as_a_change(place):
+    session = place()
+    visitor = known(session, values=[1])
+    if place.kind == 'memory':
+        visitor.do(saves(session, values=[Closed()]))
+        assert type(visitor.data()['values'][0]) is Closed
+    else:
+        with pytest.raises(SessionError, match='values.*list.*closed file'):
+            visitor.do(saves(session, values=[Closed()]))
+        assert visitor.data() == {'values': [1]}
+
+
+@three_stores
+@cases('answer', ['another status', 'a redirect', 'a save'])
+def test_a_log_in_that_failed_is_not_stored_under_the_old_id_whatever_the_error_page_says(
+        place, answer):
+    session = place(watched=True)
+    app = bottle.Bottle()
+    app.install(session)
+    visitor = Browser(session, app=app)
+
+    @app.route('/start')
+    def start():
+        session['cart'] = 1
+
+    @app.route('/login')
+    def login():
+        session['user'] = 'joe'
+        session.store.failing = {'create'}
+        session.login('joe')
+
+    @app.error(503)
+    def error(failure):
+        session.store.failing = set()
+        if answer == 'another status':
+            response.status = 200
+        elif answer == 'a redirect':
+            return HTTPResponse(status=302, Location='/')
+        else:
+            session['tried'] = True
+            session.save()
+        return 'later'
+
+    visitor.get('/start')
+    visitor.get('/login')
+    assert visitor.data() == ({'cart': 1, 'tried': True} if answer == 'a save' else {'cart': 1})

@@ -214,3 +214,32 @@ def test_what_a_store_says_is_damaged_holds_up_nobody(kind):
     assert session.revoke('joe') == 0
     log_in(session)
     assert session.revoke('joe') >= 1
+
+
+@stores('memory', 'own')
+@pytest.mark.parametrize('days, nth', [(None, 1), (3, 1), (3, 2), (3, 3)])
+def test_a_list_never_ends_before_a_session_whose_days_two_requests_change(
+        place, clock, days, nth):
+    """ One request records a use or shortens the session; another one, which gives it 50 days,
+        comes before its nth write. """
+    session = place(watched=True)
+    visitor = Browser(session)
+    visitor.do(lambda: session.login('joe'))
+    other = visitor.tab()
+
+    def lengthen():
+        session.days = 50
+        session.save()
+
+    def code():
+        if days:
+            session.days = days
+        return session.save() if days else session.owner
+
+    clock.tick(2 * DAY)
+    session.store.at('replace', nth, lambda: elsewhere(other.do, lengthen))
+    visitor.do(code)
+    lives = visitor.do(lambda: session.days)
+    clock.tick((lives - 1) * DAY)
+    assert visitor.do(lambda: session.owner) == 'joe'
+    assert len(session.logins('joe')) == 1 == session.revoke('joe')
