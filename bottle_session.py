@@ -375,7 +375,7 @@ def _derive(master: blake2b, data: bytes) -> bytes:
     return key.digest()
 
 
-class _Keeper(_Seal):
+class _NoSeal(_Seal):
     """ The same for the memory mode: a record is a tuple with a shallow copy of the data,
         which can be cut like a record of bytes. Nothing is sealed or serialized. """
 
@@ -1312,8 +1312,8 @@ def _check_together(store: Store, other: Store, name: str, one: bytes, later: fl
 
 _DAY = 86400.0
 _MONTH = 31 * _DAY  # that a clock may be wrong for a while
-_MARK = 60.0        # seconds that a moved id reads as empty
-_BLOCK = 3600.0     # seconds after which a log-in that began has ended, or its process
+_MOVED_SECONDS = 60.0        # seconds that a moved id reads as empty
+_BLOCKED_SECONDS = 3600.0     # seconds after which a log-in that began has ended, or its process
 _NOTHING: dict[Any, Any] = {}  # never changed
 
 Login = namedtuple('Login', 'id created used note here')
@@ -1413,12 +1413,12 @@ class _Owners:
         entries = self.read(owner)
         if len(entries) > most:
             latest = max(entry.used for entry in entries.values())
-            if latest > entries[newest].used + _MARK:  # this process' clock is behind
+            if latest > entries[newest].used + _MOVED_SECONDS:  # this process' clock is behind
                 entries[newest] = entries[newest]._replace(used=latest)
             names = sorted(entries, key=lambda name: (entries[name].used, name))
             living = [name for name in names if entries[name].expires > now and self.lives(name)]
-            over = {name for name in names if entries[name].used + _BLOCK < now}.difference(living)
-            over.update(living[:-most])
+            old = {name for name in names if entries[name].used + _BLOCKED_SECONDS < now}
+            over = old.difference(living).union(living[:-most])
             over.discard(newest)
             self.revoke(owner, over.__contains__, now)
 
@@ -1442,7 +1442,7 @@ class _Owners:
                 return _SESSION
             # Nobody has the id of this record: its name must not help to guess a secret.
             if not record and store.create(name, self._seal.seal(_BLOCKED, _new_id(), _NO_HEAD),
-                                           time.time() + _BLOCK):
+                                           time.time() + _BLOCKED_SECONDS):
                 break
         return b''  # nothing is there, and nothing can be put there
 
@@ -1472,10 +1472,10 @@ class _Owners:
             if not record:
                 done = not entries or store.create(name, new, expires, durable)
             elif not entries:
-                done = _patiently(1.0, '', store.remove, name, record[:_VERSION])
+                done = _retry_busy(1.0, '', store.remove, name, record[:_VERSION])
             else:
-                done = new == _patiently(1.0, '', store.replace, name, record[:_VERSION], new,
-                                         expires, None, durable)
+                done = new == _retry_busy(1.0, '', store.replace, name, record[:_VERSION], new,
+                                          expires, None, durable)
             if done:
                 return
         raise StoreError()
@@ -1488,7 +1488,7 @@ if hasattr(os, 'register_at_fork'):
     os.register_at_fork(after_in_child=_queues.clear)
 
 
-def _patiently(seconds: float | None, name: str, attempt: Callable[..., Any], *args: Any) -> Any:
+def _retry_busy(seconds: float | None, name: str, attempt: Callable[..., Any], *args: Any) -> Any:
     """ Call `attempt` until no other request holds the session.
 
         :param seconds: after which SessionBusy is raised; None: at once, without a record.
@@ -1536,12 +1536,12 @@ class _Visit:
         `touched` holds the keys that this request may have changed, with the values
         that are stored: those it set or deleted, and those whose values were handed
         out and can be changed inside, with their forms. Once the whole dict was handed
-        out (`open`), it has all that are stored.
+        out (`handed_out`), it has all that are stored.
     """
 
     __slots__ = ('session', 'request', 'data', 'id', 'name', 'record', 'head', 'payload', 'older',
-                 'expires', 'due', 'options', 'touched', 'open', 'dumped', 'ended', 'moved',
-                 'cookie', 'why', 'watched', 'depth', 'snapshot', 'held')
+                 'expires', 'due', 'options', 'touched', 'handed_out', 'saving', 'ended', 'moved',
+                 'cookie', 'why', 'manual', 'depth', 'snapshot', 'held')
 
     def __init__(self, session: Session, request: _Request) -> None:
         self.session, self.request = session, request
@@ -1556,13 +1556,13 @@ class _Visit:
         self.due = False            # this use is to be recorded
         self.options = _NOTHING     # what the head is to say instead
         self.touched: dict[Any, Any] = {}
-        self.open = False           # the whole dict was handed out
-        self.dumped = _NOTHING      # the changes in what was serialized last
+        self.handed_out = False     # the whole dict was
+        self.saving = _NOTHING      # the changes in what was serialized last
         self.ended = False          # by another request: nothing can be stored
         self.moved = False          # the browser sent an id that has just got a new one
         self.cookie: str | None = None  # what to tell the browser
         self.why = 'the browser sent no cookie of ours'
-        self.watched = False        # nothing saves it by itself
+        self.manual = False         # nothing saves it by itself
         self.depth = 0              # of `with` blocks
         self.snapshot: Any = None   # data and options that a failed block goes back to
         self.held: Any = None       # name, the store's lock, process
@@ -1580,7 +1580,7 @@ class _Visit:
             data = self._open(id, name, (fetch or session.store.load)(name))
             if data is not None:
                 break
-            self.let_go()
+            self.unlock()
         else:
             data, self.ended = {}, self.moved
         self.data = data
@@ -1598,7 +1598,7 @@ class _Visit:
             created, used, days, _, _ = head
             now, life = session.clock(), (days or session._days) * _DAY
             if kind == _MOVED:
-                self.moved = self.moved or now - used < _MARK
+                self.moved = self.moved or now - used < _MOVED_SECONDS
                 self.why = 'the session has got a new id'
                 return None
             expires = min(used + life, created + session._max_age)
@@ -1620,8 +1620,8 @@ class _Visit:
     def hand_out(self) -> dict[Any, Any]:
         """ Return the data themselves, for any change. """
         data = self.load()
-        if not self.open:
-            self.touched, self.open = {**self.forms(data), **self.touched}, True
+        if not self.handed_out:
+            self.touched, self.handed_out = {**self.forms(data), **self.touched}, True
         return data
 
     def forms(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -1634,7 +1634,7 @@ class _Visit:
         touched, data, seal = self.touched, self.data, self.session._seal
         changed: dict[Any, Any] = {}
         keys: dict[Any, Any] = {}
-        if self.open:
+        if self.handed_out:
             touched = {**touched, **{key: _MISSING for key in [*data] if key not in touched}}
         for key, old in touched.items():
             new = data.get(key, _MISSING)
@@ -1672,7 +1672,7 @@ class _Visit:
 
     def dumps(self, changed: dict[Any, Any]) -> Any:
         """ Return the data serialized. What does not load back must not be stored. """
-        data, seal, self.dumped = self.data.copy(), self.session._seal, changed
+        data, seal, self.saving = self.data.copy(), self.session._seal, changed
         try:
             payload = seal.dumps(data)
             for key in () if seal.keeps_values else changed:
@@ -1703,23 +1703,23 @@ class _Visit:
         if payload is None:
             return False
         if not self.id:
-            self._become(*self._create(payload, self._next_head(), None))
+            self._switch_to(*self._create(payload, self._next_head(), None))
             return True
         while True:
-            stored = self._put(payload, self.session.lock_timeout)
+            stored = self._update(payload, self.session.lock_timeout)
             if stored is self.record:
-                self._settle()
+                self._mark_saved()
                 return True
             if self.held and stored:
                 _log.warning('session %s: its lock was lost to another request, the changes of '
                              'both are merged', _public(self.name))
-            if not self._absorb(stored):
-                return self._lose()
+            if not self._merge(stored):
+                return self._end_elsewhere()
             payload = self.pending()
             if payload is None:  # the other one wrote the same
                 return False
 
-    def _put(self, payload: Any, seconds: float | None) -> Any:
+    def _update(self, payload: Any, seconds: float | None) -> Any:
         """ Store these data and return their record; or what is stored by now, if another
             request stored it; or None if the session has ended. """
         session, name, head, expires = self.session, self.name, self.head, self.expires
@@ -1735,8 +1735,8 @@ class _Visit:
             session._owners.enter(head.owner, name, _Entry(
                 None, head.used, max(expires, self.expires), None), name, False)
         record = session._seal.seal(_SESSION, self.id or '', head, payload)
-        stored = _patiently(seconds, '', session.store.replace, name, self.record[:_VERSION],
-                            record, expires, self.held and self._lock())
+        stored = _retry_busy(seconds, '', session.store.replace, name, self.record[:_VERSION],
+                             record, expires, self.held and self._own_lock())
         if stored != record:
             if listed and _kind_of(stored) != _SESSION:
                 session._owners.leave(head.owner, name)
@@ -1747,20 +1747,20 @@ class _Visit:
             if listed and expires < before:
                 session._owners.shorten(head.owner, name, before, expires)
             if not self.request.sent:
-                self._tell()
+                self._set_cookie()
         return record
 
-    def _settle(self) -> None:
+    def _mark_saved(self) -> None:
         """ Note what is stored. Values that can be changed inside may still be in
             somebody's hands, and a thread of the route may have set a key meanwhile. """
-        data, touched = self.data, {**self.touched, **self.dumped}
+        data, touched = self.data, {**self.touched, **self.saving}
         self.touched = {key: stored for key, stored in touched.items()
-                        if self.open or stored is not data.get(key, _MISSING)}
+                        if self.handed_out or stored is not data.get(key, _MISSING)}
         self.due, self.options = False, _NOTHING
         if self.depth:
             self.snapshot = self.payload, self.options
 
-    def _absorb(self, record: Any) -> bool:
+    def _merge(self, record: Any) -> bool:
         """ Take over what is stored by now, beneath the changes of this request; tell
             whether the session still exists. """
         if record and record == self.record:
@@ -1783,19 +1783,19 @@ class _Visit:
                              'one', _public(self.name), key)
         if changed:
             _log.info('session %s: merged with a save of another request', _public(self.name))
-        touched = {**newest, **self.touched} if self.open else self.touched
+        touched = {**newest, **self.touched} if self.handed_out else self.touched
         self.touched = self.forms({key: newest.get(key, _MISSING) for key in touched})
         return True
 
-    def _lose(self) -> bool:
+    def _end_elsewhere(self) -> bool:
         """ Accept that the session ended elsewhere: nothing can bring it back. """
         _log.info('session %s: a save was dropped, it was purged, regenerated or expired '
                   'meanwhile', _public(self.name))
-        self._forget('it was purged, regenerated or expired elsewhere during this request', True)
+        self._reset('it was purged, regenerated or expired elsewhere during this request', True)
         self.cookie = None  # the browser may have a newer one by now
         return False
 
-    def _forget(self, why: str, ended: bool) -> None:
+    def _reset(self, why: str, ended: bool) -> None:
         self.why, self.ended, self.moved, self.older = why, ended, False, False
         self.id, self.head, self.payload = None, _NO_HEAD, None
         self.touched = dict.fromkeys(self.touched, _MISSING)
@@ -1813,7 +1813,7 @@ class _Visit:
             is waited for: a later request does it. """
         options, self.options = self.options, {}
         try:
-            self._put(self.payload, None)
+            self._update(self.payload, None)
         except _Unavailable as error:
             _log.log(logging.INFO if isinstance(error, SessionBusy) else logging.WARNING,
                      'session %s: its use could not be recorded: %s', _public(self.name), error)
@@ -1823,7 +1823,7 @@ class _Visit:
 
     def _create(self, payload: Any, head: _Head, entry: _Entry | None) -> tuple[Any, ...]:
         """ Store the data under a new id, durably if somebody logs in or the old id is to
-            end (`entry`); return what `_become` takes. """
+            end (`entry`); return what `_switch_to` takes. """
         if self.request.sent:
             raise SessionError('Headers sent: a new session or id cannot be told to the browser '
                                'any more. Save before the first chunk is yielded.')
@@ -1839,12 +1839,12 @@ class _Visit:
                 return id, name, record, head, payload, expires
             # A revoke() blocked the name: begin again.
 
-    def _become(self, *new: Any) -> None:
+    def _switch_to(self, *new: Any) -> None:
         """ Go on as the session that `_create` stored. """
         self.id, self.name, self.record, self.head, self.payload, self.expires = new
         self.older = self.ended = self.moved = False
-        self._settle()
-        self._tell()
+        self._mark_saved()
+        self._set_cookie()
 
     def regenerate(self, owner: str | None = None, note: str | None = None) -> None:
         """ Give the session a new id, and with `owner` that owner. """
@@ -1859,37 +1859,38 @@ class _Visit:
                 return
             data.clear()  # a log-in begins anew, without what somebody logged out of
         if data or owner:
-            self._become(*self._create(self.dumps(self.changes()), self._next_head(owner), entry))
+            payload = self.dumps(self.changes())
+            self._switch_to(*self._create(payload, self._next_head(owner), entry))
 
     def _move(self, owner: str | None, entry: _Entry) -> bool:
         """ Store the session under a new id and end the old one; False if it is gone. """
         session, name, owner_before = self.session, self.name, self.head.owner
         try:
-            lives = session.clock() < self.expires or self._absorb(session.store.load(name))
+            lives = session.clock() < self.expires or self._merge(session.store.load(name))
             while lives:
                 now = session.clock()
                 mark = session._seal.seal(_MOVED, self.id or '', _NO_HEAD._replace(used=now))
                 new = self._create(self.dumps(self.changes()), self._next_head(owner), entry)
                 try:
-                    stored = _patiently(session.lock_timeout, '', session.store.replace, name,
-                                        self.record[:_VERSION], mark, now + _MARK, self._lock(),
-                                        True)
+                    stored = _retry_busy(
+                        session.lock_timeout, '', session.store.replace, name,
+                        self.record[:_VERSION], mark, now + _MOVED_SECONDS, self._own_lock(), True)
                 except BaseException as error:
                     if getattr(error, 'maybe_done', not isinstance(error, SessionBusy)):
-                        self._become(*new)  # the old id may be dead
+                        self._switch_to(*new)  # the old id may be dead
                     else:
                         self._undo(*new)
                     raise
                 if stored == mark:
-                    self._become(*new)
+                    self._switch_to(*new)
                     session._owners.leave(owner_before, name)
                     return True
                 self._undo(*new)
-                lives = self._absorb(stored) and self._absorb(self._locked(name))
-            return self._lose()
+                lives = self._merge(stored) and self._merge(self._lock(name))
+            return self._end_elsewhere()
         finally:
             if self.held and (not self.depth or self.name != name):
-                self.let_go()
+                self.unlock()
 
     def _undo(self, id: str, name: str, record: Any, head: _Head, *rest: Any) -> None:
         """ Remove what `_create` stored. """
@@ -1913,16 +1914,16 @@ class _Visit:
             session.store.remove(name)
         for name, owner in owners.items():
             session._owners.leave(owner, name)
-        self.let_go()
-        self._forget('it was purged in this request', False)
+        self.unlock()
+        self._reset('it was purged in this request', False)
         self.data = {} if self.data is None else self.data
         self.data.clear()
-        self.dumped = _NOTHING
-        self._settle()
+        self.saving = _NOTHING
+        self._mark_saved()
         if self.cookie or session.cookie_name + '=' in environ.get('HTTP_COOKIE', ''):
             self.cookie = session._cookie.line(_is_https(environ), '', 0)
 
-    def _tell(self) -> None:
+    def _set_cookie(self) -> None:
         """ Have the browser told of the id. """
         session = self.session
         max_age = self.expires - session.clock() if self.option('permanent') > 0 else None
@@ -1941,12 +1942,12 @@ class _Visit:
 
     # Locks, and `with`
 
-    def _lock(self) -> Any:
+    def _own_lock(self) -> Any:
         """ Return what `Store.lock` gave. A forked child does not have its parent's. """
         held = self.held
         return held[1] if held and held[0] == self.name and held[2] == os.getpid() else None
 
-    def let_go(self) -> None:
+    def unlock(self) -> None:
         if self.held:
             (name, lock, process), self.held = self.held, None
             try:
@@ -1956,9 +1957,9 @@ class _Visit:
                 _log.warning('session %s: its lock ends by itself, it could not be released: %s',
                              _public(name), error)
 
-    def _locked(self, name: str) -> Any:
+    def _lock(self, name: str) -> Any:
         """ Take the session's lock; return what is stored, or None if it is gone. """
-        got = _patiently(self.session.lock_timeout, name, self.session.store.lock, name)
+        got = _retry_busy(self.session.lock_timeout, name, self.session.store.lock, name)
         if got is None:
             return None
         self.held = name, got[0], os.getpid()
@@ -1969,14 +1970,14 @@ class _Visit:
         if not self.depth:
             try:
                 if self.data is None:
-                    self.load(self._locked)
-                elif self.id and not self._absorb(self._locked(self.name)):
-                    self._lose()
+                    self.load(self._lock)
+                elif self.id and not self._merge(self._lock(self.name)):
+                    self._end_elsewhere()
                     self.data.clear()
                 pending = self.pending()
                 self.snapshot = self.payload if pending is None else pending, self.options
             except BaseException:
-                self.let_go()
+                self.unlock()
                 raise
         self.depth += 1
 
@@ -1994,14 +1995,14 @@ class _Visit:
             else:
                 self._restore(*self.snapshot)
         finally:
-            self.let_go()
+            self.unlock()
 
     def _restore(self, payload: Any, options: dict[str, float]) -> None:
         """ Go back to these data. """
         data, loads, self.options = self.load(), self.session._seal.loads, options
         data.clear()
         data.update({} if payload is None else loads(payload))
-        self.touched, self.open = self.forms(loads(self.payload) if self.id else {}), True
+        self.touched, self.handed_out = self.forms(loads(self.payload) if self.id else {}), True
 
     def roll_back(self) -> None:
         """ Forget what a route that crashed did not save. """
@@ -2012,8 +2013,8 @@ class _Visit:
 
     def finish(self, saves: bool) -> None:
         """ Do what is left to do before the headers leave. """
-        self.watched = not self.session._saves_itself(self.request)
-        if saves and not self.watched and not self.depth:
+        self.manual = not self.session._saves_itself(self.request)
+        if saves and not self.manual and not self.depth:
             self.save()
         if self.due and self.id and not self.request.sent:
             self._record_use()
@@ -2120,7 +2121,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         self.lock_timeout = lock_timeout
         _check_serializer(serializer)
         put('store', _make_store(mode, sessions_dir))
-        seal = _Keeper if self.store.keeps_objects else _Seal
+        seal = _NoSeal if self.store.keeps_objects else _Seal
         self._seal = seal(secrets, cookie_name, serializer)
         self._owners = _Owners(self.store, self._seal)
         self._warned: set[str] = set()
@@ -2346,7 +2347,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         visit = self._visit()
         data = visit.data
         value = (visit.load() if data is None else data)[key]
-        if not (type(value) in _PLAIN or visit.open or key in visit.touched
+        if not (type(value) in _PLAIN or visit.handed_out or key in visit.touched
                 or self._seal.keeps_values):
             visit.touched.setdefault(key, self._seal.form(value))
         return value
@@ -2354,7 +2355,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def __setitem__(self, key: Any, value: Any) -> None:
         visit = self._visit()
         data = visit.load()
-        if not visit.open:
+        if not visit.handed_out:
             visit.touched.setdefault(key, data.get(key, _MISSING))
         data[key] = value
 
@@ -2362,7 +2363,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         visit = self._visit()
         data = visit.load() if type(key) is str else visit.hand_out()
         old = data.pop(key)
-        if not visit.open:
+        if not visit.handed_out:
             visit.touched.setdefault(key, old)
 
     def __iter__(self) -> Iterator[Any]:
@@ -2383,7 +2384,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def update(self, /, *args: Any, **kwargs: Any) -> None:
         visit, new = self._visit(), dict(*args, **kwargs)
         data = visit.load()
-        if not visit.open:
+        if not visit.handed_out:
             visit.touched = {**{key: data.get(key, _MISSING) for key in new}, **visit.touched}
         data.update(new)
 
@@ -2602,7 +2603,7 @@ class _Request:
     def finish(self, saves: bool) -> None:
         """ Let the visits that may have changed something do what is left to do. """
         for visit in self.visits.values():
-            if visit.touched or visit.open or visit.due or visit.options:
+            if visit.touched or visit.handed_out or visit.due or visit.options:
                 visit.finish(saves)
 
     def _fail(self, error: Exception) -> Any:
@@ -2619,10 +2620,10 @@ class _Request:
     def end(self) -> None:
         """ The request is over: nothing of it can be used any more. """
         for visit in self.visits.values():
-            if (visit.watched or visit.depth) and not self.crashed:
+            if (visit.manual or visit.depth) and not self.crashed:
                 visit.warn_if_changed()
             if visit.held:
-                visit.let_go()
+                visit.unlock()
         self.visits, self.environ = {}, {}
 
 
