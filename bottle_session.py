@@ -391,7 +391,10 @@ class _NoSeal(_Seal):
         return record[0], record[2], record[3], False
 
     def same(self, one: Any, other: Any) -> bool:
-        return one is other or type(one) in _COMPARED and _same(one, other)
+        try:
+            return _same_objects(one, other)
+        except RecursionError:
+            return False
 
     def form(self, value: Any) -> Any:
         return value
@@ -411,8 +414,6 @@ _MISSING = _Form()  # where there is no value
 # What is never changed inside, and the part of it in which equal means the same.
 _ATOMS = frozenset((str, int, bool, bytes, type(None), _Form))
 _PLAIN = _ATOMS | {float, complex, datetime, date, timedelta}
-#: What the memory mode compares by value; other objects are the same or not.
-_COMPARED = _PLAIN | {list, tuple, dict, set, frozenset}
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -424,6 +425,20 @@ def _same(one: Any, other: Any) -> bool:
     if kind in _ATOMS:
         return bool(one == other)
     return _canonical(one) == _canonical(other)
+
+
+def _same_objects(one: Any, other: Any) -> bool:
+    """ Tell whether two values are equal and hold the same objects. """
+    kind = type(one)
+    if one is other or kind is not type(other):
+        return one is other
+    if kind is dict:
+        one, other = [*one.items()], [*other.items()]
+    elif kind in (set, frozenset):
+        return _PLAIN.issuperset(map(type, one | other)) and _same(one, other)
+    elif kind not in (list, tuple):
+        return kind in _PLAIN and _same(one, other)
+    return len(one) == len(other) and all(map(_same_objects, one, other))
 
 
 class _Canonical(pickle.Pickler):
@@ -828,8 +843,9 @@ class _File:
         finally:
             if self.longer:  # give back what neither slot needs, also if the disk is full
                 end = max(_PAGE, taken + length, sum(self.current[2:]))
-                os.ftruncate(self.fd, end)
-                self.longer = end > _PAGE
+                with suppress(OSError):  # the next save tries again
+                    os.ftruncate(self.fd, end)
+                    self.longer = end > _PAGE
 
     def _write_big(self, record: bytes) -> int:
         """ Write it behind the page, where the current record is not; return where. """
@@ -1442,7 +1458,7 @@ class _Owners:
                 return _SESSION
             # Nobody has the id of this record: its name must not help to guess a secret.
             if not record and store.create(name, self._seal.seal(_BLOCKED, _new_id(), _NO_HEAD),
-                                           time.time() + _BLOCKED_SECONDS):
+                                           store.clock() + _BLOCKED_SECONDS):
                 break
         return b''  # nothing is there, and nothing can be put there
 
@@ -1651,7 +1667,7 @@ class _Visit:
             if type(new) not in _PLAIN:
                 new = seal.form(new)
             if not seal.same(old, new):
-                changed[key] = new
+                changed[keys.get(key, key)] = new
         return changed
 
     def pending(self) -> Any:
@@ -1662,7 +1678,7 @@ class _Visit:
         if self.id and not changed and not self.options:
             return None
         payload = self.dumps(changed)
-        if payload == self.payload and not self.options and not self.session._seal.keeps_values:
+        if not self.session._seal.keeps_values and not self.options and payload == self.payload:
             return None  # json made a list of a tuple, say
         return payload
 
@@ -1753,7 +1769,7 @@ class _Visit:
     def _mark_saved(self) -> None:
         """ Note what is stored. Values that can be changed inside may still be in
             somebody's hands, and a thread of the route may have set a key meanwhile. """
-        data, touched = self.data, {**self.touched, **self.saving}
+        data, touched = self.data, {**self.saving, **self.touched, **self.saving}
         self.touched = {key: stored for key, stored in touched.items()
                         if self.handed_out or stored is not data.get(key, _MISSING)}
         self.due, self.options = False, _NOTHING

@@ -536,3 +536,41 @@ def test_a_log_in_that_failed_is_not_stored_under_the_old_id_whatever_the_error_
     visitor.get('/start')
     visitor.get('/login')
     assert visitor.data() == ({'cart': 1, 'tried': True} if answer == 'a save' else {'cart': 1})
+
+
+class Handle:
+    def __init__(self, number):
+        self.number = number
+
+    def __reduce__(self):
+        raise AssertionError('The memory mode pickles nothing.')
+
+
+@stores('memory')
+def test_memory_mode_compares_objects_by_identity_wherever_they_are(session):
+    first, second = Handle(1), Handle(2)
+    cycle, again = [], []
+    cycle.append(cycle)
+    again.append(again)
+    visitor = known(session, bare=first, list=[first], dict={'a': (first,)}, plain=[{1}, {'a': 1}],
+                    cycle=cycle)
+    same = {'bare': first, 'list': [first], 'dict': {'a': (first,)}, 'plain': [{1}, {'a': 1}],
+            'cycle': cycle}
+    assert not visitor.do(saves(session, **same))
+    for change in ({'bare': second}, {'list': [second]}, {'dict': {'a': (second,)}},
+                   {'plain': [{True}, {'a': 1}]}, {'cycle': again}):
+        assert visitor.do(saves(session, **change)), change
+    assert visitor.data()['list'][0] is visitor.data()['dict']['a'][0] is second
+
+
+@three_stores
+def test_a_key_that_changed_its_type_is_changed_once(session):
+    visitor = Browser(session)
+    visitor.do(lambda: session.update({1: 'a'}) or session.save())
+
+    def code():
+        session[True] = session.pop(1)
+        assert session.save() and not session.dirty and not session.save()
+
+    visitor.do(code)
+    assert [type(key) for key in visitor.data()] == [bool]

@@ -596,6 +596,28 @@ def test_a_directory_that_cannot_be_synced_after_a_log_out_is_logged(tmp_path):
     assert answer.startswith('200 ') and 'Max-Age=0' in answer and answer.endswith('{} []')
 
 
+SHRINKING = r'''
+import sys
+from visits import cookie_of, reading, saving, within
+from bottle_session import Session
+
+session = Session('x' * 32, sys.argv[1], mode='file')
+cookie = session.issue_cookie({'user': 'joe', 'blob': b'x' * 9999})
+for n in range(3):
+    saving(session, cookie, blob=n)
+print(reading(session, cookie_of(within(session.regenerate, cookie))), reading(session, cookie))
+'''
+
+
+def test_a_file_that_cannot_be_cut_is_saved_all_the_same(tmp_path):
+    """ A full disk refuses that where files share blocks. """
+    done = run('import os, sys; os.execv(sys.argv[1], sys.argv[1:])', strace(), '-f', '-o',
+               str(tmp_path / 'trace'), '-e', 'inject=ftruncate:error=EDQUOT', sys.executable,
+               '-c', SHRINKING, str(tmp_path / 'sessions'), env=TESTS)
+    assert done.returncode == 0 and 'EDQUOT' in (tmp_path / 'trace').read_text()
+    assert done.stdout.strip() == "{'user': 'joe', 'blob': 2} {}"
+
+
 TRACED = r'''
 import os, time
 from bottle_session import Session
