@@ -1827,7 +1827,7 @@ class _Visit:
     def _record_use(self) -> None:
         """ Store the time of this use. What prevents it is logged, not raised, and nobody
             is waited for: a later request does it. """
-        options, self.options = self.options, {}
+        options, self.options = self.options, {}  # that nobody saved
         try:
             self._update(self.payload, None)
         except _Unavailable as error:
@@ -2549,7 +2549,7 @@ def _make_store(mode: str | Store, sessions_dir: str | os.PathLike[str]) -> Stor
 _bottle_wsgi = bottle.Bottle.wsgi
 _bottle_error = HTTPError.__init__
 _handle_code = bottle.Bottle._handle.__code__
-_GENERATED = itertools.chain, map, bottle._closeiter  # how Bottle hands over a generator
+_GENERATED = itertools.chain, map, bottle._closeiter  # what Bottle makes of a generator
 _VARIES = re.compile(r'(?:^|[,\s])(?:cookie|\*)(?:$|[,\s])', re.I).search
 
 
@@ -2678,7 +2678,7 @@ def _wsgi(app: bottle.Bottle, environ: dict[str, Any], start_response: Any) -> A
 
 def _init_error(error: HTTPError, *args: Any, **kwargs: Any) -> None:
     _bottle_error(error, *args, **kwargs)
-    if error.traceback:
+    if error.traceback:  # abort() has none
         _current.get().crash()
 
 
@@ -2725,7 +2725,8 @@ class _Body:
 
     def _finish(self) -> None:
         request = self._request
-        getattr(self._body, 'close', int)()
+        if hasattr(self._body, 'close'):
+            self._body.close()
         try:
             request.finish(not request.crashed)
         except SessionError as error:  # too late to answer with it
