@@ -414,6 +414,7 @@ _MISSING = _Form()  # where there is no value
 # What is never changed inside, and the part of it in which equal means the same.
 _ATOMS = frozenset((str, int, bool, bytes, type(None), _Form))
 _PLAIN = _ATOMS | {float, complex, datetime, date, timedelta}
+_SURE = _PLAIN - {datetime}  # to load back; somebody's tzinfo may not
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -1654,8 +1655,8 @@ class _Visit:
             touched = {**touched, **{key: _MISSING for key in [*data] if key not in touched}}
         for key, old in touched.items():
             new = data.get(key, _MISSING)
-            if type(new) is type(old) in _ATOMS and type(key) is str:  # nearly all are like this
-                if new != old:
+            if type(new) in _ATOMS and type(old) in _ATOMS and type(key) is str:  # nearly all
+                if type(new) is not type(old) or new != old:
                     changed[key] = new
                 continue
             if type(key) is not str and key in data:
@@ -1692,9 +1693,7 @@ class _Visit:
         try:
             payload = seal.dumps(data)
             for key in () if seal.keeps_values else changed:
-                value = data.get(key)
-                if not (seal.pickles and type(key) in _PLAIN and type(value) in _PLAIN) or (
-                        getattr(value, 'tzinfo', None) not in (None, timezone.utc)):
+                if not (seal.pickles and type(key) in _SURE and type(data.get(key)) in _SURE):
                     seal.loads(payload)
                     break
         except Exception as error:
