@@ -1649,6 +1649,8 @@ class _Visit:
     def changes(self) -> dict[Any, Any]:
         """ Return what differs from what is stored, with its forms. """
         touched, data, seal = self.touched, self.data, self.session._seal
+        if not self.id:
+            return self.forms(data)
         changed: dict[Any, Any] = {}
         keys: dict[Any, Any] = {}
         if self.handed_out:
