@@ -1388,14 +1388,17 @@ class _Owners:
             entries[name] = entries[name]._replace(expires=expires)
             return True
 
-        self._change(self._seal.list_ids(owner)[0], change, False)
+        try:
+            self._change(self._seal.list_ids(owner)[0], change, False)
+        except _Unavailable as error:
+            _log.warning('session %s is listed for longer than it lives: %s', _public(name), error)
 
     def leave(self, owner: str | None, name: str) -> None:
         """ Take a session that ended out of its owner's lists, if it has one. """
         try:
             if owner:
                 self._leave(owner, {name}, False)
-        except (StoreError, SessionBusy) as error:
+        except _Unavailable as error:
             _log.warning('session %s ended, and is listed until it expires: %s',
                          _public(name), error)
 
@@ -1428,7 +1431,7 @@ class _Owners:
         """ End the sessions that were not used for longest, but for `most`. Log-ins at the
             same time must choose alike, and none ends itself. """
         entries = self.read(owner)
-        if len(entries) > most:
+        if len(entries) > most and newest in entries:  # else it was ended meanwhile
             latest = max(entry.used for entry in entries.values())
             if latest > entries[newest].used + _MOVED_SECONDS:  # this process' clock is behind
                 entries[newest] = entries[newest]._replace(used=latest)
@@ -1661,7 +1664,7 @@ class _Visit:
                 if type(new) is not type(old) or new != old:
                     changed[key] = new
                 continue
-            if type(key) is not str and key in data:
+            if type(key) is not str and self.handed_out and key in data:
                 keys = keys or dict(zip(data, data))
                 if not _same(key, keys.get(key, key)):  # True took the place of 1
                     old = _MISSING
@@ -2233,12 +2236,14 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     @property
     def created(self) -> datetime | None:
         """ When the session began (UTC); None when there is no stored session. """
-        return _utc(self._loaded().head.created)
+        visit = self._loaded()
+        return _utc(visit.head.created) if visit.id else None
 
     @property
     def used(self) -> datetime | None:
         """ When its last use was recorded (UTC); None when there is no stored session. """
-        return _utc(self._loaded().head.used)
+        visit = self._loaded()
+        return _utc(visit.head.used) if visit.id else None
 
     @property
     def days(self) -> float:
@@ -2489,8 +2494,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         return id(self) in map(id, plugins)  # `==` of somebody's plugin may raise
 
 
-def _utc(seconds: float) -> datetime | None:
-    return datetime.fromtimestamp(seconds, timezone.utc) if seconds else None
+def _utc(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, timezone.utc)
 
 
 def _check_days(argument: str, days: float) -> float:

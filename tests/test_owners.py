@@ -243,3 +243,44 @@ def test_a_list_never_ends_before_a_session_whose_days_two_requests_change(
     clock.tick((lives - 1) * DAY)
     assert visitor.do(lambda: session.owner) == 'joe'
     assert len(session.logins('joe')) == 1 == session.revoke('joe')
+
+
+@stores('memory', 'own')
+def test_a_log_in_that_is_ended_before_it_trims_the_list_is_no_error(place):
+    session = place(watched=True, max_logins=1)
+    others = bottle_session.Session(SECRET, mode=session.store)
+
+    def ended():
+        assert session.revoke('joe') == 1
+        log_in(others)
+        log_in(others)
+
+    visitor = Browser(session)
+    session.store.at('load', 2, lambda: elsewhere(ended))
+    visitor.do(lambda: session.login('joe'))
+    assert visitor.last.status == 200 and len(session.logins('joe')) == 2
+
+
+@stores('memory', 'own')
+def test_days_that_the_list_does_not_learn_of_are_saved_and_told(place, caplog):
+    session = place(watched=True)
+    visitor = log_in(session)
+
+    def code():
+        session.days = 3
+        session.store.at('replace', 3, lambda: session.store.failing.add('replace'))
+        assert session.save()
+
+    visitor.do(code)
+    assert visitor.told() and logged(caplog, 'listed for longer than it lives')
+    session.store.failing.clear()
+    assert visitor.do(lambda: session.days) == 3
+
+
+@stores('own')
+def test_times_from_a_clock_that_starts_at_zero_are_times(place):
+    session = place()
+    session.clock = lambda: 0.0
+    visitor = log_in(session)
+    assert visitor.do(lambda: session.created) == visitor.do(lambda: session.used)
+    assert visitor.do(lambda: session.created).year == 1970
