@@ -813,6 +813,8 @@ class _File:
             self.close()
             if isinstance(error, BlockingIOError):
                 raise SessionBusy() from None
+            if new and isinstance(error, FileNotFoundError):  # somebody else had made it
+                raise FileExistsError() from None
             raise
 
     def check(self) -> int:
@@ -830,12 +832,13 @@ class _File:
         """ Write the record into the slot that is not current, or behind the page. """
         at, number, taken, length = self.current
         at = _ONE + _TWO - at  # the other one
-        offset, inside = at + _SLOT.size, record
+        offset, inside, end = at + _SLOT.size, record, 0
         try:
             if len(record) > _SMALL:
                 offset, inside = self._write_big(record), b''
             head = _SLOT.pack(0, number + 1, expires, offset, len(record))[4:]
             slot = zlib.crc32(record, zlib.crc32(head)).to_bytes(4, 'big') + head + inside
+            end = offset + len(record)  # even if a signal ends this
             if number:
                 self._write(slot, at)
             else:
@@ -843,7 +846,7 @@ class _File:
             self.record, self.current = record, (at, number + 1, offset, len(record))
         finally:
             if self.longer:  # give back what neither slot needs, also if the disk is full
-                end = max(_PAGE, taken + length, sum(self.current[2:]))
+                end = max(_PAGE, taken + length, end)
                 with suppress(OSError):  # the next save tries again
                     os.ftruncate(self.fd, end)
                     self.longer = end > _PAGE
@@ -957,12 +960,13 @@ def _failed(verb: str, path: str, error: OSError) -> StoreError:
     """ Log the failure, with owner and remedy where it is a permission. """
     whose = ''
     if isinstance(error, PermissionError) and hasattr(os, 'geteuid'):
-        at = path
-        while not os.path.exists(at) or os.stat(at).st_uid == os.geteuid() and at != os.sep:
+        at, me = path, os.geteuid()
+        while not os.path.exists(at) or os.access(at, os.R_OK | os.W_OK) and at != os.sep:
             at = os.path.dirname(at)
-        whose = (': %s belongs to user %d, and this process runs as user %d (was the app once run '
-                 'as root?). Give it the directory: chown -R %d' % (
-                     at, os.stat(at).st_uid, os.geteuid(), os.geteuid()))
+        whose = ': %s belongs to user %d, and this process runs as user %d' % (
+            at, os.stat(at).st_uid, me)
+        whose += (', but its mode keeps it out: chmod -R u+rwX' if os.stat(at).st_uid == me else
+                  ' (was the app once run as root?). Give it the directory: chown -R %d' % me)
     _log.error('cannot %s %s: %s%s', verb, path, error.strerror, whose)
     return StoreError()
 

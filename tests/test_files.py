@@ -358,9 +358,11 @@ def test_a_directory_without_rights_answers_503_and_changes_nothing(nobodys, rig
     shard = os.path.dirname(path_of(session, cookie))
     for directory in shard, session.store.directory:
         os.chmod(directory, rights)
-    assert_refused(as_nobody(lambda: within(session.purge, cookie)))
-    assert_refused(as_nobody(lambda: within(session.regenerate, cookie)))
-    assert_refused(as_nobody(lambda: saving(session, None, user='new')))
+    for use in (lambda: within(session.purge, cookie), lambda: within(session.regenerate, cookie),
+                lambda: saving(session, None, user='new')):
+        answer = as_nobody(use)
+        assert_refused(answer)
+        assert 'its mode keeps it out: chmod -R u+rwX' in answer.log
     if rights:
         assert as_nobody(lambda: within(session.copy, cookie)).value == {'user': 'joe'}
         assert as_nobody(lambda: saving(session, cookie, user='ann')).value is True

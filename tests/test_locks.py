@@ -363,3 +363,19 @@ def test_a_revoke_that_is_killed_leaves_none_unlisted(owned):
         assert owned.revoke('joe') >= 1
         assert all(reading(owned, cookie) == {} for cookie in cookies)
         assert owned.store.sweep(time.time()) == (0, 0) and owned.logins('joe') == []
+
+
+def test_a_record_is_made_or_not_where_another_one_is_removed_at_that_moment(tmp_path):
+    """ An owner's list that gets empty while somebody logs in: never a StoreError. """
+    name, made = 'ab' * 32, []
+
+    def make_and_remove():
+        store = FileStore(tmp_path)
+        for _ in range(1000):
+            if store.create(name, b's' + os.urandom(40), 9e9):
+                made.append(store.remove(name))
+
+    with ThreadPoolExecutor(4) as pool:
+        for worker in [pool.submit(make_and_remove) for _ in range(4)]:
+            worker.result()
+    assert len(made) >= 1000 and all(made)
