@@ -180,6 +180,7 @@ def test_reading_never_waits_for_a_with_also_if_the_use_is_due(place, clock, cap
         clock.tick(2 * DAY)
         assert visitor.do(lambda: session['user']) == 'joe' and not visitor.told()
     assert not logged(caplog, level=logging.WARNING)
+    assert logged(caplog, 'use could not be recorded', level=logging.INFO)
     visitor.data()
     clock.tick(29 * DAY)
     assert visitor.data() == JOE, 'a later request records the use'
