@@ -486,8 +486,8 @@ class Store:
         id, data or a request. The first 16 bytes of a record are its *version*:
         records with the same version are the same. The first byte is ``b's'``
         for a session, another one for what the library keeps beside them.
-        `expires` is a time in seconds since the epoch, as `time.time()` counts;
-        a record past it may be removed. `durable`: it must survive a power cut
+        `expires` is a time in seconds since the epoch, as `clock` counts; a
+        record past it may be removed. `durable`: it must survive a power cut
         once this returns.
 
         *Gone* is None or False, never an error. Each method is atomic, may be
@@ -922,11 +922,13 @@ def _remove_if_expired(path: str, now: float) -> tuple[bytes, bool]:
     with suppress(OSError):  # somebody else's, in use, or gone meanwhile
         fd = os.open(path, _WRITING)
         try:
-            for locked in _UNLOCK, _LOCK:  # only what has expired is locked
-                _flock(fd, locked)
-                kind, expires = _kind_and_end(fd)
-                if expires > now:
-                    return kind, False
+            kind, expires = _kind_and_end(fd)
+            if expires > now:
+                return kind, False
+            _flock(fd, _LOCK)
+            kind, expires = _kind_and_end(fd)  # nobody changes it now
+            if expires > now:
+                return kind, False
             _unlink(path, fd)
             _log.debug('removed what has expired: %s', path)
             return kind, True
@@ -1333,8 +1335,8 @@ def _check_together(store: Store, other: Store, name: str, one: bytes, later: fl
 
 _DAY = 86400.0
 _MONTH = 31 * _DAY  # that a clock may be wrong for a while
-_MOVED_SECONDS = 60.0        # seconds that a moved id reads as empty
-_BLOCKED_SECONDS = 3600.0     # seconds after which a log-in that began has ended, or its process
+_MOVED_SECONDS = 60.0      # that a moved id reads as empty
+_BLOCKED_SECONDS = 3600.0  # after which a log-in that began has ended, or its process
 _NOTHING: dict[Any, Any] = {}  # never changed
 
 Login = namedtuple('Login', 'id created used note here')
@@ -1619,13 +1621,11 @@ class _Visit:
             return None
         try:
             kind, head, payload, older = session._seal.open(id, record)
-            created, used, days, _, _ = head
-            now, life = session.clock(), (days or session._days) * _DAY
+            now, expires = session.clock(), session._expires(head)
             if kind == _MOVED:
-                self.moved = self.moved or now - used < _MOVED_SECONDS
+                self.moved = self.moved or now - head.used < _MOVED_SECONDS
                 self.why = 'the session has got a new id'
                 return None
-            expires = min(used + life, created + session._max_age)
             if now >= expires:
                 self.why = 'the session has expired'
                 return None
@@ -1638,7 +1638,8 @@ class _Visit:
             raise StoreError() from error
         self.id, self.name, self.record, self.payload = id, name, record, payload
         self.head, self.older = head, older
-        self.expires, self.due = expires, not -_MONTH <= now - used < life / 30
+        life = (head.days or session._days) * _DAY
+        self.expires, self.due = expires, not -_MONTH <= now - head.used < life / 30
         return data
 
     def hand_out(self) -> dict[Any, Any]:
@@ -2192,7 +2193,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def data(self, content: Mapping[Any, Any]) -> None:
         content, data = dict(content), self.data
         data.clear()
-        self.update(content)
+        data.update(content)
 
     def save(self) -> bool:
         """ Write what changed, if anything did, and tell whether that was so.
