@@ -41,7 +41,7 @@ class SQLStore(Store):  # each statement is a transaction, durable, with its con
         return next((row.record for row in self.run(sql.select(rows).filter_by(name=name))), None)
 
     def create(self, name, record, expires, durable=False):
-        self.run(clean, now=time.time())  # a little, for each session that comes
+        self.run(clean, now=self.clock())  # a little, for each session that comes
         return self.run(rows.insert(), name=name, version=record[:16], record=record,
                         expires=expires, until=0) == 1
 
