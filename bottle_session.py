@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import hashlib
 import inspect
 import io
 import itertools
@@ -1103,7 +1102,19 @@ class RedisStore(Store):
             raise ImportError("redis needs a package: pip install 'redis[hiredis]'") from error
         _require(isinstance(prefix, str), 'prefix must be a str, not %s', _kind(prefix), TypeError)
         if isinstance(client, str):
-            client = _client_for(client)
+            _require(re.fullmatch(r'(unix://[^?#]+|(?!unix)[\w+-]+://[^/?#]*(?<!:0)(/\d*)?)'
+                                  r'([?]\w+=[^&#]+(&\w+=[^&#]+)*)?', client),
+                     'redis URL: after the host come :port, 1 to 65535, /database, a number, and '
+                     '?option=value; in a password / is written %%2F, ? %%3F and # %s', '%23')
+            try:  # redis-py says some of what is wrong only when it connects, or never
+                client = redis.Redis.from_url(re.sub('^valkey', 'redis', client))
+                port = getattr(client.connection_pool.make_connection(), 'port', 1)
+                settings = dict(client.connection_pool.connection_kwargs, port=float(port))
+                for option, value in settings.items():
+                    if type(value) is float and not value > 0 or type(value) is int and value < 0:
+                        raise ValueError('%s cannot be %g' % (option, value))
+            except Exception as error:
+                raise ValueError('This redis URL cannot be used: %s' % error) from error
         _require(isinstance(client, (redis.Redis, redis.RedisCluster))
                  and not client.get_encoder().decode_responses, 'client must be a URL, a redis.'
                  'Redis or a RedisCluster, without decode_responses=True, not %s', _kind(client))
@@ -1147,18 +1158,17 @@ class RedisStore(Store):
 
     def sweep(self, now: float, progress: Progress = None) -> tuple[int, int]:
         if self._pool is None:  # a cluster: node by node
-            nodes = [RedisStore(self.client.get_redis_connection(node), self._prefix[:-1])
-                     for node in self.client.get_primaries()]
-            return 0, sum(node.sweep(now, progress)[1] for node in nodes)
+            nodes = map(self.client.get_redis_connection, self.client.get_primaries())
+            stores = (RedisStore(node, self._prefix[:-1]) for node in nodes)
+            return 0, sum(store.sweep(now, progress)[1] for store in stores)
         pattern = re.sub(r'([][*?\\^-])', r'\\\1', self._prefix) + '?' * 64 + '}'
-        size, left, cursor = self._ask('DBSIZE'), 0, 0
-        for seen in itertools.count(1000, 1000):
-            cursor, keys = self._ask('SCAN', cursor, 'MATCH', pattern, 'COUNT', 1000)
+        size, seen, left, cursor = self._ask('DBSIZE'), 0, 0, None
+        while cursor != b'0':
+            cursor, keys = self._ask('SCAN', cursor or 0, 'MATCH', pattern, 'COUNT', 1000)
             left += sum(self._ask('GETRANGE', key, 0, 0) == _SESSION for key in keys)
+            seen += 1000
             if progress:
-                progress(seen / max(seen, size) if int(cursor) else 1.0)
-            if not int(cursor):
-                break
+                progress(seen / max(seen, size) if cursor != b'0' else 1.0)
         return 0, left  # the server removes them
 
     def _run(self, script: str, name: str, *args: Any) -> Any:
@@ -1247,25 +1257,6 @@ class RedisStore(Store):
         return own
 
 
-def _client_for(url: str) -> Any:
-    """ Return a client of redis-py, or raise ValueError: some of what is wrong with a URL
-        redis-py says only when it connects, or never. """
-    import redis
-    _require(re.fullmatch(r'(unix://[^?#]+|(?!unix)[\w+-]+://[^/?#]*(?<!:0)(/\d*)?)'
-                          r'([?]\w+=[^&#]+(&\w+=[^&#]+)*)?', url),
-             'redis URL: after the host come :port, 1 to 65535, /database, a number, and '
-             '?option=value; in a password / is written %%2F, ? %%3F and # %s', '%23')
-    try:
-        client = redis.Redis.from_url(re.sub('^valkey', 'redis', url))
-        client.connection_pool.make_connection()
-        for option, value in client.connection_pool.connection_kwargs.items():
-            if type(value) is float and not value > 0 or type(value) is int and value < 0:
-                raise ValueError('%s cannot be %s' % (option, value))
-    except Exception as error:
-        raise ValueError('This redis URL cannot be used: %s' % error) from error
-    return client
-
-
 def check_store(make_store: Callable[[], Store]) -> None:
     """ Check that a store keeps the promises of `Store`; AssertionError if not.
 
@@ -1276,7 +1267,7 @@ def check_store(make_store: Callable[[], Store]) -> None:
         :param make_store: called twice, for two objects on the same storage.
     """
     store, other, later = make_store(), make_store(), time.time() + 60
-    name = hashlib.sha256(os.urandom(16)).hexdigest()
+    name = os.urandom(32).hex()
     one, two, big = (_SESSION + os.urandom(40) + b'\0record' * size for size in (1, 2, 100000))
     old, new = one[:_VERSION], two[:_VERSION]
     assert (store.load(name), store.lock(name)) == (None, None), 'None is for an unknown name'
@@ -1317,11 +1308,10 @@ def _check_together(store: Store, other: Store, name: str, one: bytes, later: fl
     assert busy == ['busy', 'busy'], 'lock() keeps others out: SessionBusy at once'
     assert store.replace(name, old, two, later, lock) == two, 'the holder may save'
     store.unlock(name, lock)
-    assert other.replace(name, two[:_VERSION], one, later) == one, 'unlock() lets others save'
-    lock, record = store.lock(name) or (None, None)
-    assert record == one and other.remove(name), 'remove() ignores locks'
-    assert store.replace(name, old, two, later, lock) is None, 'what was removed is gone'
-    store.unlock(name, lock)
+    lock, record = other.lock(name) or (None, None)
+    assert record == two and store.remove(name), 'unlock() lets others lock, remove() ignores it'
+    assert other.replace(name, two[:_VERSION], one, later, lock) is None, 'what is gone is gone'
+    other.unlock(name, lock)
     with ThreadPoolExecutor(8) as pool:
         for _ in range(20):
             made = list(pool.map(lambda new: (
