@@ -1103,16 +1103,16 @@ class RedisStore(Store):
         _require(isinstance(prefix, str), 'prefix must be a str, not %s', _kind(prefix), TypeError)
         if isinstance(client, str):
             _require(re.fullmatch(r'(unix://[^?#]+|(?!unix)[\w+-]+://[^/?#]*(?<!:0)(/\d*)?)'
-                                  r'([?]\w+=[^&#]+(&\w+=[^&#]+)*)?', client),
+                                  r'([?](?!port=[0-])\w+=[^&#]+'
+                                  r'(&(?!port=[0-])\w+=[^&#]+)*)?', client),
                      'redis URL: after the host come :port, 1 to 65535, /database, a number, and '
                      '?option=value; in a password / is written %%2F, ? %%3F and # %s', '%23')
             try:  # redis-py says some of what is wrong only when it connects, or never
                 client = redis.Redis.from_url(re.sub('^valkey', 'redis', client))
-                port = getattr(client.connection_pool.make_connection(), 'port', 1)
-                settings = dict(client.connection_pool.connection_kwargs, port=float(port))
-                for option, value in settings.items():
+                client.connection_pool.make_connection()
+                for option, value in client.connection_pool.connection_kwargs.items():
                     if type(value) is float and not value > 0 or type(value) is int and value < 0:
-                        raise ValueError('%s cannot be %g' % (option, value))
+                        raise ValueError('%s cannot be %s' % (option, value))
             except Exception as error:
                 raise ValueError('This redis URL cannot be used: %s' % error) from error
         _require(isinstance(client, (redis.Redis, redis.RedisCluster))

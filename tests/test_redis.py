@@ -589,7 +589,7 @@ def test_a_reply_that_was_not_read_is_never_another_requests():
 BAD_URLS = [
     ('http://localhost', 'scheme'), ('redis+sentinel://localhost', 'scheme'),
     ('redis://localhost:0/1', 'port'), ('redis://localhost:x', 'Port'),
-    ('redis://localhost?port=0', 'port cannot be 0'),
+    ('redis://localhost?port=0', 'port'), ('redis://localhost?db=1&port=-1', 'port'),
     ('redis://localhost?db=', 'option=value'), ('unix:///socket?db=-1', 'db cannot be -1'),
     ('redis://localhost?socket_timeout=0', 'socket_timeout cannot be 0'),
     ('redis://localhost?socket_connect_timeout=-1', 'socket_connect_timeout cannot be -1'),
