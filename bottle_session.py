@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import hashlib
 import inspect
 import io
 import itertools
@@ -1048,8 +1047,8 @@ else:  # Windows: a directory is for one process, and its locks are in a dict
 
 
 class RedisStore(Store):
-    """ Keeps each session in a hash of a Redis (6.2 or newer) or Valkey server,
-        for any number of hosts. The server's own TTL removes what has expired.
+    """ Keeps sessions in a Redis (6.2 or newer) or Valkey server, for any number of hosts.
+        The server's own TTL removes what has expired.
 
         :param client: a URL (``redis://``, ``rediss://``, ``valkey://``, ``unix://``, with
             redis-py's options), or a client of redis-py that returns bytes, a sentinel's or a
@@ -1057,39 +1056,33 @@ class RedisStore(Store):
         :param prefix: what the keys begin with.
     """
 
-    _LEASE = 30000  # milliseconds until a lock ends without its holder, or a second less
+    _LEASE = 30000  # milliseconds until a lock ends without its holder
     _SLOW = 0.3     # seconds; what fails later timed out, and is not tried again
     _PAUSE = 1.0    # seconds after a time-out in which nobody else waits for one
     _IDLE = 60.0    # seconds until a connection that nobody needs is closed
 
-    # KEYS[1]: r = record, l = the holder's token, u = its end (ms). A retry finds its own record.
-    _CREATE = """
-        local kind = redis.call('TYPE', KEYS[1]).ok
-        if kind ~= 'none' and kind ~= 'hash' then redis.call('DEL', KEYS[1]) end
-        if redis.call('HSETNX', KEYS[1], 'r', ARGV[1]) == 0 then
-            return redis.call('HGET', KEYS[1], 'r') == ARGV[1] end
-        return redis.call('PEXPIRE', KEYS[1], ARGV[2])"""
+    # KEYS: a record, and its lock, which is the holder's token. EVAL sends a script each time: for
+    # EVALSHA, a microsecond less, one must know what the server has. A retry finds its own record.
     _READ = """
-        local record, l, u = unpack(redis.call('HMGET', KEYS[1], 'r', 'l', 'u'))
-        if not record then return end
-        local left = l and l ~= ARGV[1] and (tonumber(u) or 0) - redis.call('TIME')[1] * 1000 or 0
-        if left > 0 and left <= 30000 then return 2 end  -- a later one is none of ours"""
+        local record, holder = unpack(redis.call('MGET', KEYS[1], KEYS[2]))
+        if not record then return redis.call('GET', KEYS[1]) end  -- fails if it is a list, say
+        local left = holder and holder ~= ARGV[1] and redis.call('PTTL', KEYS[2]) or -1
+        if left >= 0 and left <= 30000 then return 2 end  -- a longer one is none of ours"""
     _REPLACE = _READ + """
         if record == ARGV[3] then return 1 end
         if record:sub(1, 16) ~= ARGV[2] then return record end
-        redis.call('HSET', KEYS[1], 'r', ARGV[3])
-        return redis.call('PEXPIRE', KEYS[1], ARGV[4])"""
+        return redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[4]) and 1"""
     _REMOVE = """
-        local record = redis.call('HGET', KEYS[1], 'r')
+        local record = redis.call('GET', KEYS[1])
         return record and record:sub(1, 16) == ARGV[1] and redis.call('DEL', KEYS[1])"""
     _LOCK = _READ + """
-        redis.call('HSET', KEYS[1], 'l', ARGV[1], 'u', redis.call('TIME')[1] * 1000 + ARGV[2])
+        redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
         return record"""
     _UNLOCK = """
-        return redis.call('HGET', KEYS[1], 'l') == ARGV[1] and redis.call('HDEL', KEYS[1], 'l')"""
+        return redis.call('GET', KEYS[2]) == ARGV[1] and redis.call('DEL', KEYS[2])"""
     _REMEDIES = {
-        'ermission|ACL|run this': 'let its user do that: ACL SETUSER (name) ~(prefix)* +hget +del '
-        '+hset +hsetnx +hmget +hdel +type +pexpire +time +eval +evalsha +ping +info +scan +dbsize',
+        'ermission|ACL|run this': 'let its user do that: ACL SETUSER (name) ~(prefix)* +get +set '
+        '+del +mget +pttl +eval +getrange +scan +dbsize +info +ping',
         'Authentication': 'AUTH was refused: check user and password in the URL or the client',
         'OutOfMemory|OOM': 'raise maxmemory',
         'onnection refused|not known': 'start the server, or check host and port'}
@@ -1103,7 +1096,8 @@ class RedisStore(Store):
         _require(isinstance(prefix, str), 'prefix must be a str, not %s', _kind(prefix), TypeError)
         if isinstance(client, str):
             _require(re.fullmatch(r'(unix://[^?#]+|(?!unix)[\w+-]+://[^/?#]*(?<!:0)(/\d*)?)'
-                                  r'([?]\w+=[^&#]+(&\w+=[^&#]+)*)?', client),
+                                  r'([?](?!port=[0-])\w+=[^&#]+'
+                                  r'(&(?!port=[0-])\w+=[^&#]+)*)?', client),
                      'redis URL: after the host come :port, 1 to 65535, /database, a number, and '
                      '?option=value; in a password / is written %%2F, ? %%3F and # %s', '%23')
             try:  # redis-py says some of what is wrong only when it connects, or never
@@ -1117,33 +1111,35 @@ class RedisStore(Store):
         _require(isinstance(client, (redis.Redis, redis.RedisCluster))
                  and not client.get_encoder().decode_responses, 'client must be a URL, a redis.'
                  'Redis or a RedisCluster, without decode_responses=True, not %s', _kind(client))
-        self.client, self._prefix = client, prefix
+        self.client = client
+        self._prefix = prefix + '{'  # a cluster keeps on one node what is alike between { and }
         self._pool: Any = getattr(client, 'connection_pool', None)  # a cluster: one a node
         self._pack: Any = getattr(sys.modules.get('hiredis'), 'pack_command', None)
-        self._known: dict[str, tuple[str, str]] = {}  # scripts that the server has got
         self._settings = self._calm(redis.retry.Retry(redis.backoff.NoBackoff(), 0))
         self._free: list[tuple[float, Any]] = []
         self._left_locked: deque[tuple[str, bytes]] = deque(maxlen=20)
         self._silent_until = 0.0
         with suppress(StoreError):  # what is wrong is in the log early
-            info = str(self._ask(('INFO', 'memory')))
+            info = str(self._ask('INFO', 'memory'))
             for policy in set(re.findall(r'maxmemory_policy\W+([\w-]+)', info)) - {'noeviction'}:
                 _log.warning('redis: maxmemory-policy %s loses sessions; use noeviction', policy)
 
     def load(self, name: str) -> bytes | None:
-        return self._ask(('HGET', self._prefix + name, 'r'))  # type: ignore[no-any-return]
+        return self._ask('GET', self._prefix + name + '}')  # type: ignore[no-any-return]
 
     def create(self, name: str, record: bytes, expires: float, durable: bool = False) -> bool:
-        return bool(self._run(self._CREATE, name, record, int(1000 * (expires - self.clock()))))
+        ttl = max(1, int(1000 * (expires - self.clock())))
+        made = self._ask('SET', self._prefix + name + '}', record, 'NX', 'PX', ttl)
+        return bool(made) or self.load(name) == record  # this was a retry
 
     def replace(self, name: str, version: bytes, record: bytes, expires: float,
                 lock: Any = None, durable: bool = False) -> bytes | None:
-        ttl = int(1000 * (expires - self.clock()))
+        ttl = max(1, int(1000 * (expires - self.clock())))
         reply = self._run(self._REPLACE, name, lock or b'', version, record, ttl)
         return record if reply == 1 else reply
 
     def remove(self, name: str, version: bytes | None = None) -> bool:
-        return bool(self._ask(('DEL', self._prefix + name)) if version is None
+        return bool(self._ask('DEL', self._prefix + name + '}') if version is None
                     else self._run(self._REMOVE, name, version))
 
     def lock(self, name: str) -> tuple[bytes, bytes] | None:
@@ -1156,45 +1152,44 @@ class RedisStore(Store):
     def sweep(self, now: float, progress: Progress = None) -> tuple[int, int]:
         if self._pool is None:  # a cluster: node by node
             nodes = map(self.client.get_redis_connection, self.client.get_primaries())
-            return 0, sum(RedisStore(node, self._prefix).sweep(now, progress)[1] for node in nodes)
-        pattern = re.sub(r'([][*?\\^-])', r'\\\1', self._prefix) + '?' * 64
-        size, seen, left, cursor = self._ask(('DBSIZE',)), 0, 0, None
+            stores = (RedisStore(node, self._prefix[:-1]) for node in nodes)
+            return 0, sum(store.sweep(now, progress)[1] for store in stores)
+        pattern = re.sub(r'([][*?\\^-])', r'\\\1', self._prefix) + '?' * 64 + '}'
+        size, seen, left, cursor = self._ask('DBSIZE'), 0, 0, None
         while cursor != b'0':
-            cursor, keys = self._ask(('SCAN', cursor or 0, 'MATCH', pattern, 'COUNT', 1000))
-            left += sum((self._ask(('HGET', key, 'r')) or b'')[:1] == _SESSION for key in keys)
+            cursor, keys = self._ask('SCAN', cursor or 0, 'MATCH', pattern, 'COUNT', 1000)
+            left += sum(self._ask('GETRANGE', key, 0, 0) == _SESSION for key in keys)
             seen += 1000
             if progress:
-                progress(min(1.0, seen / size) if cursor != b'0' else 1.0)
+                progress(seen / max(seen, size) if cursor != b'0' else 1.0)
         return 0, left  # the server removes them
 
     def _run(self, script: str, name: str, *args: Any) -> Any:
-        whole = 'EVAL', script, 1, self._prefix + name, *args
+        key = self._prefix + name + '}'
         try:
-            reply = self._ask((*self._known.get(script, whole[:2]), *whole[2:]), whole)
+            reply = self._ask('EVAL', script, 2, key, key + 'lock', *args)
         except BaseException:
             if script in (self._LOCK, self._UNLOCK):  # nobody knows whether a lock is left
                 self._left_locked.append((name, args[0]))
             raise
-        if script not in self._known:
-            self._known[script] = 'EVALSHA', hashlib.sha1(script.encode()).hexdigest()
         if reply == 2:
             raise SessionBusy()
         return reply
 
-    def _ask(self, command: tuple[Any, ...], whole: tuple[Any, ...] = ()) -> Any:
-        """ Send a command, once more (whole) if its connection was lost, and return the reply. """
+    def _ask(self, *command: Any) -> Any:
+        """ Send a command, once more if its connection was lost, and return the reply. """
         start, maybe_done = time.monotonic(), False
         if start < self._silent_until:
             raise StoreError()
-        for again, sent in (True, command), (False, whole or command):
+        for again in True, False:
             connection = None
             try:
                 if self._pool is None:
-                    reply = self.client.execute_command(*sent)
+                    reply = self.client.execute_command(*command)
                 else:
                     connection = self._connection(start)
                     connection.send_packed_command(
-                        [self._pack(sent)] if self._pack else connection.pack_command(*sent))
+                        [self._pack(command)] if self._pack else connection.pack_command(*command))
                     reply = connection.read_response()
                     self._free.append((start, connection))  # after an error it is dropped
                 break
@@ -1204,17 +1199,19 @@ class RedisStore(Store):
                 maybe_done |= not (answered or self._pool and connection is None)
                 if time.monotonic() - start > self._SLOW and not answered:
                     again, self._silent_until = False, time.monotonic() + self._PAUSE
-                if not again or answered and not re.search('(?i)readonly|noscript', repr(error)):
-                    return self._fail(sent[0], error, maybe_done)
+                if not again or answered and 'readonly' not in repr(error).lower():
+                    return self._fail(command[0], error, maybe_done)
         if self._left_locked:
             with suppress(StoreError, IndexError):
                 self.unlock(*self._left_locked.pop())
         return reply
 
-    def _fail(self, command: str, error: Exception, maybe_done: bool) -> None:
+    def _fail(self, command: str, error: Exception, maybe_done: bool) -> bytes:
+        """ Raise a StoreError, or return what says that a record is damaged. """
         text = '%s: %s' % (_kind(error), error)
         if 'WRONGTYPE' in text:
-            return _log.warning('redis: a key is no session and treated as absent: %s', text)
+            _log.warning('redis: a key is no session and treated as absent: %s', text)
+            return b''
         for pattern, remedy in self._REMEDIES.items():
             text += '; ' + remedy if re.search(pattern, text) else ''
         _log.error('redis: %s failed: %s', command, text)
@@ -1263,7 +1260,7 @@ def check_store(make_store: Callable[[], Store]) -> None:
         :param make_store: called twice, for two objects on the same storage.
     """
     store, other, later = make_store(), make_store(), time.time() + 60
-    name = hashlib.sha256(os.urandom(16)).hexdigest()
+    name = os.urandom(32).hex()
     one, two, big = (_SESSION + os.urandom(40) + b'\0record' * size for size in (1, 2, 100000))
     old, new = one[:_VERSION], two[:_VERSION]
     assert (store.load(name), store.lock(name)) == (None, None), 'None is for an unknown name'
@@ -1304,11 +1301,10 @@ def _check_together(store: Store, other: Store, name: str, one: bytes, later: fl
     assert busy == ['busy', 'busy'], 'lock() keeps others out: SessionBusy at once'
     assert store.replace(name, old, two, later, lock) == two, 'the holder may save'
     store.unlock(name, lock)
-    assert other.replace(name, two[:_VERSION], one, later) == one, 'unlock() lets others save'
-    lock, record = store.lock(name) or (None, None)
-    assert record == one and other.remove(name), 'remove() ignores locks'
-    assert store.replace(name, old, two, later, lock) is None, 'what was removed is gone'
-    store.unlock(name, lock)
+    lock, record = other.lock(name) or (None, None)
+    assert record == two and store.remove(name), 'unlock() lets others lock, remove() ignores it'
+    assert other.replace(name, two[:_VERSION], one, later, lock) is None, 'what is gone is gone'
+    other.unlock(name, lock)
     with ThreadPoolExecutor(8) as pool:
         for _ in range(20):
             made = list(pool.map(lambda new: (
