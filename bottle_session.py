@@ -2096,8 +2096,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         TypeError or ValueError say which argument is wrong and what to do.
     """
 
-    #: The plugin interface of Bottle that `apply` follows.
-    api = 2
+    api = 2  #: the plugin interface of Bottle that `apply` follows
 
     __slots__ = ('name', 'cookie_name', 'store', 'clock', 'lock_timeout', '_cookie', '_days',
                  '_permanent', '_max_age', '_max_logins', '_seal', '_owners', '_warned',
@@ -2529,7 +2528,6 @@ def _make_store(mode: str | Store, sessions_dir: str | os.PathLike[str]) -> Stor
 # inner one after a route has called another app. That a route or generator crashed,
 # Bottle tells nobody but the HTTPError that it answers with, so this says it, too.
 _bottle_wsgi = bottle.Bottle.wsgi
-_bottle_apply = HTTPError.apply
 _handle_code = bottle.Bottle._handle.__code__
 _GENERATED = {itertools.chain, map, bottle._closeiter}  # what Bottle makes of a generator
 
@@ -2549,7 +2547,8 @@ class _Request:
         self.app, self.environ, self.start_response = app, environ, start_response
         self.mounts: tuple[Any, ...] = ()  # the routes of mounted apps that led to this one
         self.visits: dict[Session, _Visit] = _NOTHING
-        self.sent = self.crashed = False  # the headers; a route, or something of ours
+        self.sent = False         # the headers are
+        self.crashed = False      # a route did, or something of ours
         self.before: Any = None   # the exception that was on its way when the request began
         self.failure: Any = None  # the body of an error, instead of the route's
 
@@ -2709,9 +2708,9 @@ def _run_on(request: _Request, body: Any) -> Iterator[bytes]:
 
 def _apply_error(error: HTTPError, other: Any) -> None:
     """ Have the error become the answer. """
-    if error.traceback or isinstance(error, SessionError):  # abort() has no traceback
+    if getattr(error, 'traceback', None) or isinstance(error, SessionError):  # abort() has none
         _current.get().crash()
-    _bottle_apply(error, other)
+    HTTPResponse.apply(error, other)
 
 
 bottle.Bottle.wsgi = _wsgi
