@@ -2181,14 +2181,11 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         data.update(content)
 
     def save(self) -> bool:
-        """ Write what changed, if anything did, and tell whether that was so.
-
-            Keys that this request changed are put on top of the newest stored
-            version. Nothing is written after a log-out elsewhere, nor in a hook that
-            runs after the route crashed. In memory mode requests save by themselves.
-            SessionError for a value that cannot be serialized, SessionBusy after
-            `lock_timeout` seconds in another request's ``with`` block, or StoreError.
-        """
+        """ Write what changed, on top of the newest stored version, and tell whether
+            anything did. Nothing is written after a log-out elsewhere, nor in a hook
+            that runs after the route crashed. SessionError for a value that cannot be
+            serialized, SessionBusy after `lock_timeout` seconds in another request's
+            ``with`` block, or StoreError. Memory mode saves at the end by itself. """
         return self._visit().save()
 
     @property
