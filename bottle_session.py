@@ -95,11 +95,6 @@ class _Unavailable(SessionError, HTTPError):  # type: ignore[misc]
     def __str__(self) -> str:
         return str(self.body)
 
-    def apply(self, other: Any) -> None:
-        """ Become the answer to the current request. """
-        _current.get().crash()
-        HTTPError.apply(self, other)
-
 
 class SessionBusy(_Unavailable):
     """ Another request holds this visitor's session in a ``with session:``
@@ -2064,40 +2059,33 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         :param max_days: and this long after it began, however much it is used
             (OWASP ASVS 5.0, 7.3.2); None: never for that reason.
         :param permanent: False: the browser forgets the cookie when it closes.
-        :param secure: whether the cookie is for https only; None: if the request
-            that it answers came by https, as Bottle sees it.
+        :param secure: the cookie is for https only; None: if its request came by https.
         :param httponly: keep the cookie from the page's scripts.
-        :param samesite: ``'lax'``, ``'strict'``, ``'none'`` or None, for whether
-            the cookie comes with requests from other sites.
+        :param samesite: ``'lax'``, ``'strict'``, ``'none'`` or None, for requests from
+            other sites.
         :param path: the part of the host that the cookie is for.
         :param domain: a domain whose hosts all get the cookie; None: only this one.
         :param partitioned: True for a page in somebody else's frame (CHIPS).
-        :param lock_timeout: seconds that ``with session:`` waits for another
-            request of the same visitor before it raises SessionBusy.
-        :param max_logins: how many sessions one owner has at most, see `login`;
-            None: any number.
-        :param serializer: has ``dumps`` and ``loads``, like the modules json,
-            marshal or msgspec.msgpack. The memory mode needs none.
+        :param lock_timeout: seconds that ``with session:`` waits for another request of
+            the visitor before it raises SessionBusy.
+        :param max_logins: how many sessions one owner has at most; None: any number.
+        :param serializer: has ``dumps`` and ``loads``, as json, marshal or msgspec.msgpack.
 
         TypeError or ValueError say which argument is wrong and what to do.
     """
 
-    #: The plugin interface of Bottle that `apply` follows.
-    api = 2
+    api = 2  #: the plugin interface of Bottle that `apply` follows
 
     __slots__ = ('name', 'cookie_name', 'store', 'clock', 'lock_timeout', '_cookie', '_days',
                  '_permanent', '_max_age', '_max_logins', '_seal', '_owners', '_warned',
                  '__weakref__')
 
-    #: The name of the plugin, 'session' or 'session:' and another cookie's name.
-    name: str
+    name: str  #: of the plugin: 'session', or 'session:' and another cookie's name
     cookie_name: str
-    #: Where the sessions are.
     store: Store
-    #: Returns the time in seconds since the epoch. Tests may replace it:
+    #: Returns the time in seconds since the epoch; tests may replace it:
     #: ``session.clock = lambda: time.time() + 31 * 86400``.
     clock: Callable[[], float]
-    #: Seconds that ``with session:`` waits for another request of the visitor.
     lock_timeout: float
 
     def __init__(self, secret: Secret | Iterable[Secret],
@@ -2116,10 +2104,9 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         self._days = _check_days('days', days)
         self._max_age = math.inf if max_days is None else _check_days('max_days', max_days) * _DAY
         self._permanent = 1 if _check_flag('permanent', permanent) else -1
-        _require(max_logins is None or type(max_logins) is int,
-                 'max_logins=%r: use a whole number, or None for no limit', max_logins, TypeError)
-        _require(max_logins is None or max_logins > 0,
-                 'max_logins=%r: use 1 or more, or None for no limit', max_logins)
+        _require(max_logins is None or type(max_logins) is int and max_logins > 0,
+                 'max_logins=%r: use a whole number, 1 or more, or None for no limit', max_logins,
+                 ValueError if type(max_logins) is int else TypeError)
         self._max_logins = max_logins
         self.lock_timeout = lock_timeout
         _check_serializer(serializer)
@@ -2135,8 +2122,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == 'lock_timeout':
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            _require(number and 0 <= value <= 86400,
+            _require(type(value) in (int, float) and 0 <= value <= 86400,
                      'lock_timeout=%r: use a number of seconds, 0 or more', value)
         elif name == 'clock':
             _require(callable(value), 'clock must be a callable that returns seconds since the '
@@ -2156,9 +2142,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     # What a request does
 
     def connect(self) -> None:
-        """ Tie this object to the current request. It costs no I/O until data is
-            asked for, can be repeated, and the first use of the session implies it.
-            RuntimeError outside of a request. """
+        """ Tie this object to the current request, as the first use of the session
+            does, too. It costs no I/O. RuntimeError outside of a request. """
         self._visit()
 
     @property
@@ -2174,15 +2159,11 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         data.update(content)
 
     def save(self) -> bool:
-        """ Write what changed, if anything did, and tell whether that was so.
-
-            Keys that this request changed are put on top of the newest stored
-            version. After a log-out elsewhere nothing is written. SessionError for
-            a value that cannot be serialized, SessionBusy after `lock_timeout`
-            seconds in another request's ``with`` block, StoreError if the store
-            fails. In memory mode it happens at the end of the request by itself. In
-            a hook that runs after the route crashed nothing is written.
-        """
+        """ Write what changed, on top of the newest stored version, and tell whether
+            anything did. Nothing is written after a log-out elsewhere, nor in a hook
+            that runs after the route crashed. SessionError for a value that cannot be
+            serialized, SessionBusy after `lock_timeout` seconds in another request's
+            ``with`` block, or StoreError. Memory mode saves at the end by itself. """
         return self._visit().save()
 
     @property
@@ -2196,17 +2177,14 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             request starts a new one. StoreError changes nothing. """
         self._visit().purge()
 
-    def clear(self) -> None:
-        """ The same as `purge()`; ``session.data.clear()`` only empties the data. """
-        self.purge()
+    clear = purge  # ``session.data.clear()`` only empties the data
 
     def regenerate(self) -> None:
         """ Give the session a new id and keep its data, with what was not saved
-            yet. Call it at log-in, so that an id planted before is worth nothing
-            (session fixation, OWASP ASVS 5.0, 7.2.4). The old id is dead when this
-            returns; for a minute, requests that still come with it read as empty
-            and store nothing. StoreError changes nothing, or, where the server fell
-            silent, tells the browser the new id. """
+            yet: at log-in an id that was planted must be worth nothing (session
+            fixation, OWASP ASVS 5.0, 7.2.4). The old id is dead when this returns; for
+            a minute, requests that come with it read as empty and store nothing.
+            StoreError changes nothing, or the browser is told the new id. """
         self._visit().regenerate()
 
     @property
@@ -2249,15 +2227,15 @@ class Session(MutableMapping):  # type: ignore[type-arg]
 
     def explain(self) -> str:
         """ Return why the session is what it is, in one sentence, for debugging. """
-        visit = self._loaded()
-        why_not = self._cookie.why_not_sent(visit.request.environ)
-        parts = ['There is no stored session: ' + visit.why]
-        if visit.id:
-            age = timedelta(seconds=int(max(0, self.clock() - visit.head.created)))
+        visit, environ = self._loaded(), _current.get().environ
+        why_not, age = self._cookie.why_not_sent(environ), self.clock() - visit.head.created
+        if not visit.id:
+            parts = ['There is no stored session: ' + visit.why]
+        elif visit.id not in self._cookie.ids(environ):
+            parts = ['Session %s is new: it was stored in this request' % self.id]
+        else:
             parts = ['Session %s was loaded; it began %s ago and holds %d keys'
-                     % (self.id, age, len(self))]
-            if visit.id not in self._cookie.ids(visit.request.environ):
-                parts = ['Session %s is new: it was stored in this request' % self.id]
+                     % (self.id, timedelta(seconds=int(max(0, age))), len(self))]
         if why_not:
             parts.append('the browser cannot send its cookie here: ' + why_not)
         if visit.older:
@@ -2267,10 +2245,9 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         return '; '.join(parts) + '.'
 
     def __enter__(self) -> Session:
-        """ Begin an exclusive transaction on this visitor's session: take its lock
-            and read the newest data. The end of the block saves, also after
-            `redirect()`, `abort()` or another raised HTTPResponse; any other
-            exception undoes what the block changed and did not save itself. """
+        """ Take this visitor's lock and read the newest data. The end of the block
+            saves, also after `redirect()`, `abort()` or another raised HTTPResponse;
+            any other exception undoes what the block changed and did not save. """
         self._visit().enter()
         return self
 
@@ -2350,8 +2327,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
 
     def __getitem__(self, key: Any) -> Any:
         visit = self._visit()
-        data = visit.data
-        value = (visit.load() if data is None else data)[key]
+        value = visit.load()[key]
         if type(value) not in _PLAIN and not self._seal.keeps_values:
             visit.handed_out = True
         return value
@@ -2361,11 +2337,6 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         data = visit.load()
         visit.touched.setdefault(key, data.get(key, _MISSING))
         data[key] = value
-
-    def __delitem__(self, key: Any) -> None:
-        visit = self._visit()
-        data = visit.load() if type(key) is str else visit.hand_out()
-        visit.touched.setdefault(key, data.pop(key))
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._visit().load())
@@ -2379,8 +2350,9 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def get(self, key: Any, default: Any = None, /) -> Any:
         return self[key] if key in self else default
 
-    keys, values, items, pop, popitem, copy, __or__, __ror__, __reversed__ = map(_of_the_data, (
-        'keys', 'values', 'items', 'pop', 'popitem', 'copy', '__or__', '__ror__', '__reversed__'))
+    keys, values, items, pop, popitem, copy, __delitem__, __or__, __ror__, __reversed__ = map(
+        _of_the_data, ('keys', 'values', 'items', 'pop', 'popitem', 'copy', '__delitem__',
+                       '__or__', '__ror__', '__reversed__'))
 
     def update(self, /, *args: Any, **kwargs: Any) -> None:
         visit, new = self._visit(), dict(*args, **kwargs)
@@ -2394,9 +2366,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         return self
 
     def __eq__(self, other: object) -> bool:  # Bottle keeps plugins in lists
-        if isinstance(other, Session):
-            return self is other
-        return self.data == other if isinstance(other, Mapping) else NotImplemented
+        return self is other if isinstance(other, Session) else super().__eq__(other)
 
     __hash__ = object.__hash__
 
@@ -2406,8 +2376,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     # About the object
 
     def sweep(self, progress: Progress = None) -> int:
-        """ Remove all sessions that have expired and return how many; requests
-            remove them too, little by little. It works outside of requests. """
+        """ Remove all sessions that have expired, as requests do little by little,
+            and return how many. It works outside of requests. """
         return self.store.sweep(self.clock(), progress)[0]
 
     def issue_cookie(self, data: Mapping[Any, Any]) -> dict[str, str]:
@@ -2429,7 +2399,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def _visit(self) -> _Visit:
         """ Return this request's visit. """
         request = _current.get()
-        return request.visits.get(self) or _begin_visit(self, request)
+        return request.visits.get(self) or request.begin(self)
 
     def _loaded(self) -> _Visit:
         visit = self._visit()
@@ -2455,9 +2425,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             argument = inspect.signature(route.callback).parameters.get('session')
         except (TypeError, ValueError):  # a callable that does not tell
             argument = None
-        if argument and argument.kind in (argument.POSITIONAL_OR_KEYWORD, argument.KEYWORD_ONLY):
-            return functools.partial(callback, session=self)  # a wildcard <session> comes first
-        return callback
+        # A wildcard <session> comes first.
+        return functools.partial(callback, session=self) if argument else callback
 
     def _saves_itself(self, request: _Request) -> bool:
         """ Tell whether this request saves without being told. """
@@ -2465,10 +2434,10 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             return True
         plugins = list(request.app.plugins)
         for route in filter(None, (*request.mounts, request.environ.get('bottle.route'))):
-            for skip in route.skiplist:
-                if skip is self or skip is Session or skip == self.name or (
-                        skip is True and route not in request.mounts):  # which have it anyway
-                    return False
+            skips = route.skiplist
+            if self in skips or type(self) in skips or self.name in skips or (
+                    True in skips and route not in request.mounts):  # which have it anyway
+                return False
             plugins += route.app.plugins + route.plugins
         return id(self) in map(id, plugins)  # `==` of somebody's plugin may raise
 
@@ -2529,13 +2498,11 @@ def _make_store(mode: str | Store, sessions_dir: str | os.PathLike[str]) -> Stor
 # The one door: Bottle.wsgi, wrapped once. It sees each request begin and end, and
 # has the last word on the headers. The request that is running is in a ContextVar:
 # Bottle's `request` names the last one of a thread long after its end, and the
-# inner one after a route has called another app. What has crashed, and where, Bottle
-# tells nobody but the HTTPError that it makes of it.
+# inner one after a route has called another app. That a route or generator crashed,
+# Bottle tells nobody but the HTTPError that it answers with, so this says it, too.
 _bottle_wsgi = bottle.Bottle.wsgi
-_bottle_error = HTTPError.__init__
 _handle_code = bottle.Bottle._handle.__code__
-_GENERATED = itertools.chain, map, bottle._closeiter  # what Bottle makes of a generator
-_VARIES = re.compile(r'(?:^|[,\s])(?:cookie|\*)(?:$|[,\s])', re.I).search
+_GENERATED = {itertools.chain, map, bottle._closeiter}  # what Bottle makes of a generator
 
 
 def _raise_outside() -> NoReturn:
@@ -2553,14 +2520,32 @@ class _Request:
         self.app, self.environ, self.start_response = app, environ, start_response
         self.mounts: tuple[Any, ...] = ()  # the routes of mounted apps that led to this one
         self.visits: dict[Session, _Visit] = _NOTHING
-        self.sent = False        # the headers are
-        self.crashed = False     # or it failed by an error of ours
-        self.before: Any = None  # the exception that was on its way when the request began
+        self.sent = False         # the headers are
+        self.crashed = False      # a route did, or something of ours
+        self.before: Any = None   # the exception that was on its way when the request began
         self.failure: Any = None  # the body of an error, instead of the route's
 
     def rule(self) -> str:
         route = self.environ.get('bottle.route')
         return route.rule if route else 'A request without a route'
+
+    def begin(self, session: Session) -> _Visit:
+        """ Begin the visit, when this request uses the session for the first time. """
+        if not self.environ:
+            _raise_outside()
+        for other in self.visits:
+            if other.cookie_name == session.cookie_name:
+                raise RuntimeError('Two Session objects with the cookie %r are used in one '
+                                   'request: make one for all, or give one of them another '
+                                   'cookie_name.' % session.cookie_name)
+        if session._seal.keeps_values and self.environ.get('wsgi.multiprocess') \
+                and 'processes' not in session._warned:
+            session._warned.add('processes')
+            _log.warning("mode='memory' under a server with several processes: each of them has "
+                         "sessions of its own. Use mode='file', or a redis URL for several hosts.")
+        visit = _Visit(session, self)
+        self.visits = {**self.visits, session: visit}
+        return visit
 
     def is_crashing(self) -> bool:
         """ Tell whether an exception that the route did not catch is on its way through
@@ -2568,7 +2553,7 @@ class _Request:
         error = sys.exc_info()[1]
         while error is not None and error is not self.before:
             trace = error.__traceback__
-            if trace is not None and trace.tb_frame.f_code is _handle_code:
+            if trace and trace.tb_frame.f_code is _handle_code:
                 return True
             error = error.__context__
         return False
@@ -2585,29 +2570,29 @@ class _Request:
             if exc_info and sys.exc_info()[1] is exc_info[1]:  # an error handler crashed
                 self.crash()
             try:
-                self.finish(not self.crashed)
+                self.finish()
             except Exception as error:
-                status, headers, exc_info = self._fail(error)
+                status, headers, exc_info = self.fail(error)
             for visit in self.visits.values():
                 present = dict(headers)
                 if visit.cookie:
                     headers.append(('Set-Cookie', visit.cookie))
                     if 'Cache-Control' not in present:
                         headers.append(('Cache-Control', 'no-store'))
-                if visit.data is not None and not (
-                        'Vary' in present and _VARIES(present['Vary'])):
+                if visit.data is not None and not ('Vary' in present and re.search(
+                        r'(?i)(^|[,\s])(cookie|\*)($|[,\s])', present['Vary'])):
                     headers.append(('Vary', 'Cookie'))
         write = self.start_response(status, headers, exc_info)
         self.sent = True  # a server may refuse the headers, then Bottle comes again
         return write
 
-    def finish(self, saves: bool) -> None:
+    def finish(self) -> None:
         """ Let the visits that may have changed something do what is left to do. """
         for visit in self.visits.values():
             if visit.touched or visit.handed_out or visit.due or visit.options:
-                visit.finish(saves)
+                visit.finish(not self.crashed)
 
-    def _fail(self, error: Exception) -> Any:
+    def fail(self, error: Exception) -> Any:
         """ Answer with this error instead. """
         if not isinstance(error, HTTPError):
             if not self.app.catchall:
@@ -2618,6 +2603,30 @@ class _Request:
         self.failure = [] if self.environ['REQUEST_METHOD'] == 'HEAD' else body
         return bottle.response.status_line, bottle.response.headerlist, None
 
+    def run(self, step: Callable[..., Any], *args: Any) -> Any:
+        """ Go on with a generator's body. """
+        token = _current.set(self)
+        try:
+            return step(*args)
+        except BaseException:
+            self.crashed = True
+            raise
+        finally:
+            _current.reset(token)
+
+    def close(self, body: Any) -> None:
+        """ End a generator's body, and the request with it. """
+        try:
+            if hasattr(body, 'close'):
+                body.close()
+            self.finish()
+        except SessionError as error:  # too late to answer with it
+            self.crashed = True
+            _log.warning('%s: a change after the first chunk was not saved: %s',
+                         self.rule(), error)
+        finally:
+            self.end()
+
     def end(self) -> None:
         """ The request is over: nothing of it can be used any more. """
         for visit in self.visits.values():
@@ -2625,7 +2634,7 @@ class _Request:
                 visit.warn_if_changed()
             if visit.held:
                 visit.unlock()
-        self.visits, self.environ = {}, {}
+        self.visits = self.environ = _NOTHING
 
 
 _current = ContextVar('bottle_session.request', default=_Request(None, {}, None))
@@ -2640,100 +2649,48 @@ def _wsgi(app: bottle.Bottle, environ: dict[str, Any], start_response: Any) -> A
             return _bottle_wsgi(app, environ, start_response)
         request.before = sys.exc_info()[1]
     token = _current.set(request)
-    body = None
+    goes_on = False
     try:
         body = _bottle_wsgi(app, environ, request.start)
         if request.failure is not None:
             if hasattr(body, 'close'):
                 body.close()
             body = request.failure
-        if type(body) is not list and isinstance(body, _GENERATED):
-            body = _Body(request, body)
-        return body  # a server must get a list or a file as it is
+        if type(body) in _GENERATED:  # a server must get a list or a file as it is
+            body, goes_on = _run_on(request, body), True
+            next(body)
+        return body
     except BaseException:
         request.crashed = True
         raise
     finally:
         _current.reset(token)
-        if type(body) is not _Body:
+        if not goes_on:
             if request.visits:
                 request.end()
-            request.environ = {}
+            request.environ = _NOTHING
 
 
-def _init_error(error: HTTPError, *args: Any, **kwargs: Any) -> None:
-    _bottle_error(error, *args, **kwargs)
-    if error.traceback:  # abort() has none
+def _run_on(request: _Request, body: Any) -> Iterator[bytes]:
+    """ Yield a generator's chunks: the request goes on while it runs, and ends with it. """
+    chunks, chunk = iter(body), b''  # the first is for us: what never began is never closed
+    try:
+        while chunk is not _MISSING:
+            yield chunk
+            chunk = request.run(next, chunks, _MISSING)
+    finally:
+        request.run(request.close, body)
+
+
+def _apply_error(error: HTTPError, other: Any) -> None:
+    """ Have the error become the answer. """
+    if getattr(error, 'traceback', None) or isinstance(error, SessionError):  # abort() has none
         _current.get().crash()
+    HTTPResponse.apply(error, other)
 
 
 bottle.Bottle.wsgi = _wsgi
-HTTPError.__init__ = _init_error
-
-
-def _begin_visit(session: Session, request: _Request) -> _Visit:
-    """ Return the visit of a request that uses the session for the first time. """
-    if not request.environ:
-        _raise_outside()
-    for other in request.visits:
-        if other.cookie_name == session.cookie_name:
-            raise RuntimeError('Two Session objects with the cookie %r are used in one request: '
-                               'make one for all, or give one of them another cookie_name.'
-                               % session.cookie_name)
-    if session._seal.keeps_values and request.environ.get('wsgi.multiprocess') \
-            and 'processes' not in session._warned:
-        session._warned.add('processes')
-        _log.warning("mode='memory' under a server with several processes: each of them has "
-                     "sessions of its own. Use mode='file', or a redis URL for several hosts.")
-    visit = _Visit(session, request)
-    request.visits = {**request.visits, session: visit}
-    return visit
-
-
-class _Body:
-    """ A generator's body: the request goes on while it runs, and ends with it. """
-
-    def __init__(self, request: _Request, body: Any) -> None:
-        self._request, self._body, self._chunks = request, body, iter(body)
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
-        return self._resume(next, self._chunks)  # type: ignore[no-any-return]
-
-    def close(self) -> None:
-        try:
-            self._resume(self._finish)
-        finally:
-            self._request.end()
-
-    def _finish(self) -> None:
-        request = self._request
-        if hasattr(self._body, 'close'):
-            self._body.close()
-        try:
-            request.finish(not request.crashed)
-        except SessionError as error:  # too late to answer with it
-            request.crashed = True
-            _log.warning('%s: a change after the first chunk was not saved: %s',
-                         request.rule(), error)
-
-    def _resume(self, step: Callable[..., Any], *args: Any) -> Any:
-        token = _current.set(self._request)
-        try:
-            return step(*args)
-        except StopIteration:
-            raise
-        except BaseException:
-            self._request.crashed = True
-            raise
-        finally:
-            _current.reset(token)
-
-    def __del__(self) -> None:  # a server did not close it
-        if self._request.environ:
-            self.close()
+HTTPError.apply = _apply_error
 
 
 ###############################################################################
