@@ -2673,7 +2673,8 @@ def _wsgi(app: bottle.Bottle, environ: dict[str, Any], start_response: Any) -> A
 
 def _run_on(request: _Request, body: Any) -> Iterator[bytes]:
     """ Yield a generator's chunks: the request goes on while it runs, and ends with it. """
-    chunks, chunk = iter(body), b''  # the first is for us: what never began is never closed
+    chunks = iter(body)
+    chunk: Any = b''  # the first is for us: what never began is never closed
     try:
         while chunk is not _MISSING:
             yield chunk
