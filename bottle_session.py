@@ -175,34 +175,31 @@ class _Cookie:
         found = self._find(header) if len(header) <= _MAX_HEADER else []
         return found if len(found) < 2 else list(dict.fromkeys(found))[:_MAX_IDS]
 
-    def line(self, https: bool, value: str, max_age: float | None) -> str:
+    def line(self, environ: Mapping[str, Any], value: str, max_age: float | None) -> str:
         """ Return the value of a Set-Cookie header.
 
             :param max_age: seconds; 0 deletes, None: until the browser closes.
         """
+        scheme = environ.get('HTTP_X_FORWARDED_PROTO') or environ.get('wsgi.url_scheme')
         return '%s=%s%s%s%s' % (
             self.name, value or '; Expires=Thu, 01 Jan 1970 00:00:00 GMT',
             '' if max_age is None else '; Max-Age=%d' % math.ceil(max_age), self.attributes,
-            '; Secure' if (https if self.secure is None else self.secure) else '')
+            '; Secure' if self.secure or self.secure is None and scheme == 'https' else '')
 
     def why_not_sent(self, environ: Mapping[str, Any]) -> str:
         """ Return why the browser cannot send this cookie with such a request, or ''. """
         page = bottle.BaseRequest(dict(environ)).urlparts
+        path = environ.get('SCRIPT_NAME', '') + environ.get('PATH_INFO', '')
         host, domain = page.hostname or '', (self.domain or '').lower().lstrip('.')
         if len(environ.get('HTTP_COOKIE', '')) > _MAX_HEADER:
             return 'the header with all cookies is longer than 16 KB, and is not read'
         if self.secure and page.scheme != 'https':
             return 'it is Secure, and this page came by http'
-        if page.path != self.path and not page.path.startswith(self.path.rstrip('/') + '/'):
-            return 'it is for the path %s, and this page is at %s' % (self.path, page.path)
+        if path != self.path and not path.startswith(self.path.rstrip('/') + '/'):
+            return 'it is for the path %s, and this page is at %s' % (self.path, path)
         if domain and not ('.' + host).endswith('.' + domain):
             return 'it is for the domain %s, and this page is at %s' % (domain, host)
         return ''
-
-
-def _is_https(environ: Mapping[str, Any]) -> bool:
-    """ Tell whether the visitor came by https, by the rule of `bottle.request.urlparts`. """
-    return (environ.get('HTTP_X_FORWARDED_PROTO') or environ.get('wsgi.url_scheme')) == 'https'
 
 
 ###############################################################################
@@ -1873,13 +1870,13 @@ class _Visit:
         self.saving = _NOTHING
         self._mark_saved()
         if self.cookie or session.cookie_name + '=' in environ.get('HTTP_COOKIE', ''):
-            self.cookie = session._cookie.line(_is_https(environ), '', 0)
+            self.cookie = session._cookie.line(environ, '', 0)
 
     def _set_cookie(self) -> None:
         """ Have the browser told of the id. """
         session = self.session
         max_age = self.expires - session.clock() if self.option('permanent') > 0 else None
-        self.cookie = session._cookie.line(_is_https(self.request.environ), self.id or '', max_age)
+        self.cookie = session._cookie.line(self.request.environ, self.id or '', max_age)
 
     def option(self, name: str) -> Any:
         """ Return days or permanent, as this request sees it. """
