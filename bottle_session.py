@@ -222,7 +222,7 @@ _NO_HEAD = _Head(0.0, 0.0, 0.0, 0, None)
 
 
 class _Form(bytes):
-    """ Stands for a value in its place: the same only for equal ones, to their types. """
+    """ The canonical form of a value, in its place. """
 
 
 _MISSING = _Form()  # where there is no value
@@ -237,46 +237,54 @@ class _Canonical(pickle.Pickler):
 
     def persistent_id(self, value: Any) -> Any:
         if type(value) in (set, frozenset):
-            return _kind(value), sorted(_form(one, type(self)) for one in value)
+            return _kind(value), sorted(map(_canonical, value))
         return None
 
 
-class _Identity(_Canonical):
-    """ Takes objects for those that they are, and never looks into one. """
-
-    def persistent_id(self, value: Any) -> Any:
-        if type(value) in _PLAIN or type(value) in (list, tuple, dict):
-            return None
-        return super().persistent_id(value) or id(value)
-
-
-def _form(value: Any, pickler: type[pickle.Pickler] = pickle.Pickler, fast: bool = True) -> _Form:
-    """ Return the form of a value: a pickle, but never one that is stored. Without
-        pickle's memo it does not tell which parts are one and the same object. """
+def _canonical(value: Any, pickler: Any = pickle.Pickler, fast: bool = True) -> bytes:
+    """ Return bytes that are the same only for equal values, to their types: a pickle, but
+        never one that is stored. Without pickle's memo it does not tell which parts are one
+        and the same object. """
     stream = io.BytesIO()
     writer = pickler(stream, 5)
     writer.fast = fast
     try:
         writer.dump(value)
     except Exception as error:  # also from methods of the user's classes
-        if fast and pickler is pickle.Pickler:  # perhaps a cycle, which ends only with the memo
-            return _form(value, pickler, False)
+        if fast:  # perhaps a cycle, which ends only with the memo
+            return _canonical(value, pickler, False)
         _log.debug('cannot compare a %s, so it counts as a change: %s', _kind(value), _kind(error))
-        return _Form(os.urandom(16))
+        return os.urandom(16)
     form = stream.getvalue()
     if pickler is pickle.Pickler and (b'\x8f' in form or b'\x91' in form):  # it has a set
-        return _form(value, _Canonical, fast)
-    return _Form(form)
+        return _canonical(value, _Canonical, fast)
+    return form
 
 
-def _same(one: Any, other: Any, pickler: type[pickle.Pickler] = pickle.Pickler) -> bool:
+def _same(one: Any, other: Any) -> bool:
     """ Tell whether two values are equal, to their types: 1, 1.0 and True differ.
         In doubt they are not. """
     if one is other or type(one) is not type(other):
         return one is other
     if type(one) in _ATOMS:
         return bool(one == other)
-    return _form(one, pickler) == _form(other, pickler)
+    return _canonical(one) == _canonical(other)
+
+
+def _same_objects(one: Any, other: Any) -> bool:
+    """ Tell whether two values are equal and hold the same objects. In doubt they are not. """
+    kind = type(one)
+    if one is other or kind is not type(other):
+        return one is other
+    if kind is dict:
+        one, other = [*one.items()], [*other.items()]
+    elif kind not in (list, tuple):
+        parts = one | other if kind in (set, frozenset) else [one]
+        return _PLAIN.issuperset(map(type, parts)) and _same(one, other)
+    try:
+        return len(one) == len(other) and all(map(_same_objects, one, other))
+    except RecursionError:  # a cycle
+        return False
 
 
 class _Seal:
@@ -293,7 +301,7 @@ class _Seal:
     #: Tells whether two values are equal.
     same: Callable[[Any, Any], bool] = staticmethod(_same)
     #: Returns what tells later whether a value was changed inside; plain ones are not.
-    form: Callable[[Any], Any] = staticmethod(_form)
+    form: Callable[[Any], Any] = staticmethod(lambda value: _Form(_canonical(value)))
 
     def __init__(self, secrets: list[bytes], cookie_name: str, serializer: Any) -> None:
         keyed_hash = functools.partial(blake2b, cookie_name.encode() + b'\0', digest_size=32)
@@ -372,7 +380,7 @@ class _NoSeal(_Seal):
         which can be cut like a record of bytes. Nothing is sealed or serialized. """
 
     keeps_values = pickles = True
-    same = staticmethod(functools.partial(_same, pickler=_Identity))
+    same = staticmethod(_same_objects)
     form = staticmethod(lambda value: value)
 
     def _use(self, serializer: Any) -> None:
