@@ -220,14 +220,9 @@ _HEAD, _OWNER_END = struct.Struct('<dddb'), b'\xff'  # which is in no UTF-8
 _Head = namedtuple('_Head', 'created used days permanent owner')
 _NO_HEAD = _Head(0.0, 0.0, 0.0, 0, None)
 
-
-class _Form(bytes):
-    """ The canonical form of a value, in its place. """
-
-
-_MISSING = _Form()  # where there is no value
+_MISSING = object()  # where there is no value
 # What is never changed inside, and the part of it in which equal means the same.
-_ATOMS = frozenset((str, int, bool, bytes, type(None), _Form))
+_ATOMS = frozenset((str, int, bool, bytes, type(None), object))
 _PLAIN = _ATOMS | {float, complex, datetime, date, timedelta}
 _SURE = _PLAIN - {datetime}  # to load back; somebody's tzinfo may not
 
@@ -300,8 +295,6 @@ class _Seal:
     keeps_values = False
     #: Tells whether two values are equal.
     same: Callable[[Any, Any], bool] = staticmethod(_same)
-    #: Returns what tells later whether a value was changed inside; plain ones are not.
-    form: Callable[[Any], Any] = staticmethod(lambda value: _Form(_canonical(value)))
 
     def __init__(self, secrets: list[bytes], cookie_name: str, serializer: Any) -> None:
         keyed_hash = functools.partial(blake2b, cookie_name.encode() + b'\0', digest_size=32)
@@ -381,10 +374,9 @@ class _NoSeal(_Seal):
 
     keeps_values = pickles = True
     same = staticmethod(_same_objects)
-    form = staticmethod(lambda value: value)
 
     def _use(self, serializer: Any) -> None:
-        self.dumps = self.loads = dict  # type: ignore[method-assign,assignment]
+        self.dumps = self.loads = dict.copy  # type: ignore[method-assign,assignment]
 
     def seal(self, kind: bytes, id: str, head: _Head, payload: Any = b'') -> Any:
         return kind, object(), head, payload  # no two are equal
@@ -1491,15 +1483,14 @@ def _public(name: str) -> str:
 class _Visit:
     """ What one visitor's session is in one request.
 
-        `touched` holds the keys that this request may have changed, with the values
-        that are stored: those it set or deleted, and those whose values were handed
-        out and can be changed inside, with their forms. Once the whole dict was handed
-        out (`handed_out`), it has all that are stored.
+        While nothing that can be changed inside has left, `touched` tells what may differ:
+        the keys that were set or deleted, with the stored values. Once the whole dict or
+        such a value was handed out (`handed_out`), all keys are compared.
     """
 
     __slots__ = ('session', 'request', 'data', 'id', 'name', 'record', 'head', 'payload', 'older',
-                 'expires', 'due', 'options', 'touched', 'handed_out', 'saving', 'ended', 'moved',
-                 'cookie', 'why', 'manual', 'depth', 'snapshot', 'held')
+                 'expires', 'due', 'options', 'touched', 'handed_out', 'stored', 'saving', 'ended',
+                 'moved', 'cookie', 'why', 'manual', 'depth', 'snapshot', 'held')
 
     def __init__(self, session: Session, request: _Request) -> None:
         self.session, self.request = session, request
@@ -1514,8 +1505,9 @@ class _Visit:
         self.due = False            # this use is to be recorded
         self.options = _NOTHING     # what the head is to say instead
         self.touched: dict[Any, Any] = {}
-        self.handed_out = False     # the whole dict was
-        self.saving = _NOTHING      # the changes in what was serialized last
+        self.handed_out = False
+        self.stored: Any = None     # the payload's data, once more; None: not loaded yet
+        self.saving: Any = None     # data that were serialized, and what was loaded back of it
         self.ended = False          # by another request: nothing can be stored
         self.moved = False          # the browser sent an id that has just got a new one
         self.cookie: str | None = None  # what to tell the browser
@@ -1569,7 +1561,7 @@ class _Visit:
         except MemoryError as error:  # it may be well in a moment
             raise StoreError() from error
         self.id, self.name, self.record, self.payload = id, name, record, payload
-        self.head, self.older = head, older
+        self.head, self.older, self.stored = head, older, None
         life = (head.days or session._days) * _DAY
         self.expires, self.due = expires, not -_MONTH <= now - head.used < life / 30
         return data
@@ -1577,67 +1569,59 @@ class _Visit:
     def hand_out(self) -> dict[Any, Any]:
         """ Return the data themselves, for any change. """
         data = self.load()
-        if not self.handed_out:
-            self.touched, self.handed_out = {**self.forms(data), **self.touched}, True
+        self.handed_out = True
         return data
 
-    def forms(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
-        form = self.session._seal.form
-        return {key: value if type(value) in _PLAIN else form(value)
-                for key, value in data.items()}
+    def load_stored(self) -> dict[Any, Any]:
+        """ Return the data as they are stored, to compare with. """
+        stored: dict[Any, Any] | None = self.stored
+        if stored is None:
+            self.stored = stored = self.session._seal.loads(self.payload) if self.id else {}
+        return stored
 
-    def changes(self) -> dict[Any, Any]:
-        """ Return what differs from what is stored, with its forms. """
-        touched, data, seal = self.touched, self.data, self.session._seal
-        if not self.id:
-            return self.forms(data)
-        changed: dict[Any, Any] = {}
-        keys: dict[Any, Any] = {}
+    def changes(self) -> set[Any]:
+        """ Return the keys whose values differ from what is stored. """
+        data, touched, same, changed = self.data, self.touched, self.session._seal.same, set()
         if self.handed_out:
-            touched = {**touched, **{key: _MISSING for key in [*data] if key not in touched}}
+            stored = self.load_stored()
+            touched = {**dict.fromkeys(data, _MISSING), **stored}
+            others = {key: key for key in stored if type(key) is not str}
+            if others:  # True may be in the place of 1
+                changed = {key for key in data if not _same(key, others.get(key, key))}
         for key, old in touched.items():
             new = data.get(key, _MISSING)
-            if type(new) in _ATOMS and type(old) in _ATOMS and type(key) is str:  # nearly all
+            if type(new) in _ATOMS and type(old) in _ATOMS:  # nearly all
                 if type(new) is not type(old) or new != old:
-                    changed[key] = new
-                continue
-            if type(key) is not str and self.handed_out and key in data:
-                keys = keys or dict(zip(data, data))
-                if not _same(key, keys.get(key, key)):  # True took the place of 1
-                    old = _MISSING
-            if type(old) not in _PLAIN:
-                old = seal.form(old)
-            if type(new) not in _PLAIN:
-                new = seal.form(new)
-            if not seal.same(old, new):
-                changed[keys.get(key, key)] = new
+                    changed.add(key)
+            elif not same(old, new):
+                changed.add(key)
         return changed
 
     def pending(self) -> Any:
         """ Return the data serialized if a save would write them, else None. """
-        if not self.id and (self.ended or not self.data):
+        if not (self.touched or self.handed_out or self.options) if self.id else \
+                self.ended or not self.data:
             return None
-        changed = self.changes()
-        if self.id and not changed and not self.options:
+        payload = self.dumps()
+        if self.id and not self.options and (
+                type(payload) is not dict and payload == self.payload or not self.changes()):
             return None
-        payload = self.dumps(changed)
-        if not self.session._seal.keeps_values and not self.options and payload == self.payload:
-            return None  # json made a list of a tuple, say
         return payload
 
     def dirty(self) -> bool:
         data = self.load()
         return self.pending() is not None if self.id else bool(data) and not self.ended
 
-    def dumps(self, changed: dict[Any, Any]) -> Any:
+    def dumps(self) -> Any:
         """ Return the data serialized. What does not load back must not be stored. """
-        data, seal, self.saving = self.data.copy(), self.session._seal, changed
+        data, seal, loaded = self.data.copy(), self.session._seal, None
         try:
             payload = seal.dumps(data)
-            for key in () if seal.keeps_values else changed:
-                if not (seal.pickles and type(key) in _SURE and type(data.get(key)) in _SURE):
-                    seal.loads(payload)
-                    break
+            if not (seal.keeps_values or self.handed_out and payload == self.payload):
+                for key in data if self.handed_out or not self.id else self.touched:
+                    if not (seal.pickles and type(key) in _SURE and type(data.get(key)) in _SURE):
+                        loaded = seal.loads(payload)
+                        break
         except Exception as error:
             for key, value in data.items():
                 try:
@@ -1648,6 +1632,7 @@ class _Visit:
                         'plain values, or what identifies the object.'
                         % (key, _kind(value), reason)) from error
             raise SessionError('The session cannot be stored: %s' % error) from error
+        self.saving = data, loaded
         return payload
 
     # Saving
@@ -1656,13 +1641,10 @@ class _Visit:
         """ Store what this request changed, and tell whether that took a write. """
         if self.data is None or sys.exc_info()[1] and self.request.is_crashing():
             return False
-        payload = self.pending()
-        if payload is None:
-            return False
-        if not self.id:
-            self._switch_to(*self._create(payload, self._next_head(), None))
-            return True
-        while True:
+        while (payload := self.pending()) is not None:  # else another one wrote the same
+            if not self.id:
+                self._switch_to(*self._create(payload, self._next_head(), None))
+                return True
             stored = self._update(payload, self.session.lock_timeout)
             if stored is self.record:
                 self._mark_saved()
@@ -1671,10 +1653,8 @@ class _Visit:
                 _log.warning('session %s: its lock was lost to another request, the changes of '
                              'both are merged', _public(self.name))
             if not self._merge(stored):
-                return self._end_elsewhere()
-            payload = self.pending()
-            if payload is None:  # the other one wrote the same
-                return False
+                self._end_elsewhere()
+        return False
 
     def _update(self, payload: Any, seconds: float | None) -> Any:
         """ Store these data and return their record; or what is stored by now, if another
@@ -1708,11 +1688,13 @@ class _Visit:
         return record
 
     def _mark_saved(self) -> None:
-        """ Note what is stored. Values that can be changed inside may still be in
-            somebody's hands, and a thread of the route may have set a key meanwhile. """
-        data, touched = self.data, {**self.saving, **self.touched, **self.saving}
-        self.touched = {key: stored for key, stored in touched.items()
-                        if self.handed_out or stored is not data.get(key, _MISSING)}
+        """ Note that what was serialized last is stored. """
+        (saved, self.stored), data = self.saving, self.data
+        if self.stored is not None:  # somebody may hold what can be changed inside
+            self.handed_out = True
+        # What a thread of the route has set meanwhile is not.
+        self.touched = {key: saved.get(key, _MISSING) for key in self.touched
+                        if saved.get(key, _MISSING) is not data.get(key, _MISSING)}
         self.due, self.options = False, _NOTHING
         if self.depth:
             self.snapshot = self.payload, self.options
@@ -1722,7 +1704,7 @@ class _Visit:
             whether the session still exists. """
         if record and record == self.record:
             return self.session.clock() < self.expires
-        data, old, changed = self.data, self.session._seal.loads(self.payload), self.changes()
+        data, old, changed = self.data, self.load_stored(), self.changes()
         newest, same = self._open(self.id or '', self.name, record), self.session._seal.same
         if newest is None:
             return False
@@ -1740,8 +1722,7 @@ class _Visit:
                              'one', _public(self.name), key)
         if changed:
             _log.info('session %s: merged with a save of another request', _public(self.name))
-        touched = {**newest, **self.touched} if self.handed_out else self.touched
-        self.touched = self.forms({key: newest.get(key, _MISSING) for key in touched})
+        self.touched = {key: newest.get(key, _MISSING) for key in self.touched}
         return True
 
     def _end_elsewhere(self) -> bool:
@@ -1755,7 +1736,7 @@ class _Visit:
     def _reset(self, why: str, ended: bool) -> None:
         self.why, self.ended, self.moved, self.older = why, ended, False, False
         self.id, self.head, self.payload = None, _NO_HEAD, None
-        self.touched = dict.fromkeys(self.touched, _MISSING)
+        self.touched, self.stored = {}, None
 
     def _next_head(self, owner: str | None = None) -> _Head:
         """ Return a head that records this use, and mends what a wrong clock left. """
@@ -1816,7 +1797,7 @@ class _Visit:
                 return
             data.clear()  # a log-in begins anew, without what somebody logged out of
         if data or owner:
-            payload = self.dumps(self.changes())
+            payload = self.dumps()
             self._switch_to(*self._create(payload, self._next_head(owner), entry))
 
     def _move(self, owner: str | None, entry: _Entry) -> bool:
@@ -1827,7 +1808,7 @@ class _Visit:
             while lives:
                 now = session.clock()
                 mark = session._seal.seal(_MOVED, self.id or '', _NO_HEAD._replace(used=now))
-                new = self._create(self.dumps(self.changes()), self._next_head(owner), entry)
+                new = self._create(self.dumps(), self._next_head(owner), entry)
                 try:
                     stored = _retry_busy(
                         session.lock_timeout, '', session.store.replace, name,
@@ -1875,7 +1856,7 @@ class _Visit:
         self._reset('it was purged in this request', False)
         self.data = {} if self.data is None else self.data
         self.data.clear()
-        self.saving = _NOTHING
+        self.saving = _NOTHING, None
         self._mark_saved()
         if self.cookie or session.cookie_name + '=' in environ.get('HTTP_COOKIE', ''):
             self.cookie = session._cookie.line(environ, '', 0)
@@ -1956,10 +1937,10 @@ class _Visit:
 
     def _restore(self, payload: Any, options: dict[str, float]) -> None:
         """ Go back to these data. """
-        data, loads, self.options = self.load(), self.session._seal.loads, options
+        data = self.load()
         data.clear()
-        data.update({} if payload is None else loads(payload))
-        self.touched, self.handed_out = self.forms(loads(self.payload) if self.id else {}), True
+        data.update({} if payload is None else self.session._seal.loads(payload))
+        self.touched, self.handed_out, self.options = {}, True, options
 
     def roll_back(self) -> None:
         """ Forget what a route that crashed did not save. """
@@ -2302,24 +2283,20 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         visit = self._visit()
         data = visit.data
         value = (visit.load() if data is None else data)[key]
-        if not (type(value) in _PLAIN or visit.handed_out or key in visit.touched
-                or self._seal.keeps_values):
-            visit.touched.setdefault(key, self._seal.form(value))
+        if type(value) not in _PLAIN and not self._seal.keeps_values:
+            visit.handed_out = True
         return value
 
     def __setitem__(self, key: Any, value: Any) -> None:
         visit = self._visit()
         data = visit.load()
-        if not visit.handed_out:
-            visit.touched.setdefault(key, data.get(key, _MISSING))
+        visit.touched.setdefault(key, data.get(key, _MISSING))
         data[key] = value
 
     def __delitem__(self, key: Any) -> None:
         visit = self._visit()
         data = visit.load() if type(key) is str else visit.hand_out()
-        old = data.pop(key)
-        if not visit.handed_out:
-            visit.touched.setdefault(key, old)
+        visit.touched.setdefault(key, data.pop(key))
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._visit().load())
@@ -2338,9 +2315,9 @@ class Session(MutableMapping):  # type: ignore[type-arg]
 
     def update(self, /, *args: Any, **kwargs: Any) -> None:
         visit, new = self._visit(), dict(*args, **kwargs)
-        data = visit.load()
-        if not visit.handed_out:
-            visit.touched = {**{key: data.get(key, _MISSING) for key in new}, **visit.touched}
+        data, touch = visit.load(), visit.touched.setdefault
+        for key in new:
+            touch(key, data.get(key, _MISSING))
         data.update(new)
 
     def __ior__(self, other: Any) -> Session:  # type: ignore[misc]
