@@ -90,10 +90,8 @@ class _Unavailable(SessionError, HTTPError):  # type: ignore[misc]
     message = ''
 
     def __init__(self, message: str = '') -> None:
-        HTTPError.__init__(self, 503, message or self.message, Retry_After='1')
-
-    def __str__(self) -> str:
-        return str(self.body)
+        self.args = message or self.message,
+        HTTPError.__init__(self, 503, self.args[0], Retry_After='1')
 
 
 class SessionBusy(_Unavailable):
@@ -127,7 +125,6 @@ def _kind(value: Any) -> str:
 # Cookie ######################################################################
 ###############################################################################
 
-_TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+").fullmatch
 _MAX_HEADER = 16 * 1024  # bytes of Cookie header that are searched
 _MAX_IDS = 4             # cookies of our name that are tried
 
@@ -142,30 +139,15 @@ class _Cookie:
 
     def __init__(self, name: str, secure: bool | None, httponly: bool, samesite: str | None,
                  path: str, domain: str | None, partitioned: bool) -> None:
-        _require(isinstance(name, str), 'cookie_name must be a str, not %s', _kind(name),
-                 TypeError)
-        _require(_TOKEN(name), 'cookie_name=%r: use letters, digits, "-" and "_"', name)
-        _require(samesite is None or str(samesite).lower() in ('lax', 'strict', 'none'),
-                 "samesite=%r: use 'lax', 'strict', 'none' or None", samesite)
-        _require(isinstance(path, str) and re.fullmatch('/[!-:<-~]*', path),
-                 "path=%r: use a path that starts with '/', without ';', spaces or characters "
-                 "beyond ASCII", path)
-        text = domain is None or isinstance(domain, str)
-        _require(text and re.fullmatch('[A-Za-z0-9.-]*', domain or '') and domain != '',
-                 "domain=%r: use a host name in ASCII ('xn--...' for others), or None for the "
-                 "host that sent the cookie", domain)
-        for option, flag in (('secure', secure or False), ('httponly', httponly),
-                             ('partitioned', partitioned)):
-            _check_flag(option, flag)
         host = name.lower().startswith('__host-')
-        cross = str(samesite or '').lower() == 'none'
+        cross = samesite is not None and samesite.lower() == 'none'
         _require(secure or not host and not name.lower().startswith('__secure-'),
                  'cookie_name=%r: browsers take this prefix only with secure=True', name)
         _require(not host or path == '/' and not domain, "cookie_name=%r: browsers take this "
                  "prefix only with path='/' and without domain", name)
         _require(secure or not cross, 'samesite=%r: browsers take this only with secure=True',
                  samesite)
-        _require(cross or not partitioned, "partitioned=%r: browsers send such a cookie only with "
+        _require(cross or not partitioned, "partitioned=%r: browsers take this only with "
                  "secure=True and samesite='none'", partitioned)
         self.name, self.secure, self.path, self.domain = name, secure, path, domain
         self._find = re.compile(r'(?:^|;)\s*%s\s*=\s*"?([\w-]{43})"?\s*(?![^;])' % re.escape(name),
@@ -187,84 +169,111 @@ class _Cookie:
         found = self._find(header) if len(header) <= _MAX_HEADER else []
         return found if len(found) < 2 else list(dict.fromkeys(found))[:_MAX_IDS]
 
-    def line(self, https: bool, value: str, max_age: float | None) -> str:
+    def line(self, environ: Mapping[str, Any], value: str, max_age: float | None) -> str:
         """ Return the value of a Set-Cookie header.
 
             :param max_age: seconds; 0 deletes, None: until the browser closes.
         """
+        scheme = environ.get('HTTP_X_FORWARDED_PROTO') or environ.get('wsgi.url_scheme')
         return '%s=%s%s%s%s' % (
             self.name, value or '; Expires=Thu, 01 Jan 1970 00:00:00 GMT',
             '' if max_age is None else '; Max-Age=%d' % math.ceil(max_age), self.attributes,
-            '; Secure' if (https if self.secure is None else self.secure) else '')
+            '; Secure' if self.secure or self.secure is None and scheme == 'https' else '')
 
     def why_not_sent(self, environ: Mapping[str, Any]) -> str:
         """ Return why the browser cannot send this cookie with such a request, or ''. """
+        page = bottle.BaseRequest(dict(environ)).urlparts
         path = environ.get('SCRIPT_NAME', '') + environ.get('PATH_INFO', '')
-        host = environ.get('HTTP_X_FORWARDED_HOST') or environ.get('HTTP_HOST', '')
-        host = host.split(':')[0].lower()
-        domain = (self.domain or host).lower().lstrip('.')
+        host, domain = page.hostname or '', (self.domain or '').lower().lstrip('.')
         if len(environ.get('HTTP_COOKIE', '')) > _MAX_HEADER:
             return 'the header with all cookies is longer than 16 KB, and is not read'
-        if self.secure and not _is_https(environ):
+        if self.secure and page.scheme != 'https':
             return 'it is Secure, and this page came by http'
         if path != self.path and not path.startswith(self.path.rstrip('/') + '/'):
             return 'it is for the path %s, and this page is at %s' % (self.path, path)
-        if not ('.' + host).endswith('.' + domain):
+        if domain and not ('.' + host).endswith('.' + domain):
             return 'it is for the domain %s, and this page is at %s' % (domain, host)
         return ''
-
-
-def _is_https(environ: Mapping[str, Any]) -> bool:
-    """ Tell whether the visitor came by https, by the rule of `bottle.request.urlparts`. """
-    return (environ.get('HTTP_X_FORWARDED_PROTO') or environ.get('wsgi.url_scheme')) == 'https'
-
-
-def _check_flag(argument: str, flag: bool) -> bool:
-    _require(flag is True or flag is False, argument + '=%r: use True or False', flag)
-    return flag
-
-
-def _require(condition: Any, message: str, value: Any,
-             error: type[Exception] = ValueError) -> None:
-    """ Raise this error about an argument unless the condition holds. """
-    if not condition:
-        raise error(message % (value,))
 
 
 ###############################################################################
 # Seal ########################################################################
 ###############################################################################
 
-# record = kind (1 byte) | nonce (12) | AES-256-GCM(head | payload), which also
-# vouches for the kind. With a key for each session random nonces are far from
+# record = kind (1 byte) | nonce (12) | AES-256-GCM(head | owner | 0xff | payload), which
+# also vouches for the kind. With a key for each session random nonces are far from
 # their limit (SP 800-38D). No part is the same in two records of one secret, so
 # none confirms a guess of a secret without the cookie's id.
 _SESSION, _MOVED, _BLOCKED, _LOGINS = b's', b'm', b'b', b'l'
 _VERSION = 16  # bytes at the beginning of a record that no two records share
-_HEAD = struct.Struct('<dddbI')
-_REMEDY = 'run "python -m bottle_session secret" to get a good one, and keep it out of the code'
+_UTF8 = 'utf-8', 'surrogatepass'
+_HEAD, _OWNER_END = struct.Struct('<dddb'), b'\xff'  # which is in no UTF-8
 
 #: What is sealed beside the data. `created` and `used` in seconds since the epoch; `days`,
 #: `permanent` 1 or -1, both 0 for what the constructor says; `owner` None or a str.
 _Head = namedtuple('_Head', 'created used days permanent owner')
 _NO_HEAD = _Head(0.0, 0.0, 0.0, 0, None)
 
-
-def _check_secrets(secret: Secret | Iterable[Secret]) -> list[bytes]:
-    secrets = [secret] if isinstance(secret, (str, bytes)) else secret
-    _require(isinstance(secrets, (list, tuple)) and all(
-        isinstance(one, (str, bytes)) for one in secrets),
-        'secret must be a str, bytes or a list of them, not %s: ' + _REMEDY, _kind(secret),
-        TypeError)
-    raw = [_bytes(one) if isinstance(one, str) else one for one in secrets]
-    _require(raw and all(raw), 'secret is %s: ' + _REMEDY, 'empty' if raw else 'an empty list')
-    if min(map(len, raw)) < 16:
-        warnings.warn('secret is shorter than 16 bytes: ' + _REMEDY, UserWarning, 3)
-    return list(dict.fromkeys(raw))
+_MISSING = object()  # where there is no value
+# What is never changed inside, and the part of it in which equal means the same.
+_ATOMS = frozenset((str, int, bool, bytes, type(None), object))
+_PLAIN = _ATOMS | {float, complex, datetime, date, timedelta}
+_SURE = _PLAIN - {datetime}  # to load back; somebody's tzinfo may not
 
 
-def _bytes(text: str) -> bytes:
-    return text.encode('utf-8', 'surrogatepass')
+class _Canonical(pickle.Pickler):
+    """ Pickles equal sets to the same bytes, whatever the order of their elements. """
+
+    def persistent_id(self, value: Any) -> Any:
+        if type(value) in (set, frozenset):
+            return _kind(value), sorted(map(_canonical, value))
+        return None
+
+
+def _canonical(value: Any, pickler: Any = pickle.Pickler, fast: bool = True) -> bytes:
+    """ Return bytes that are the same only for equal values, to their types: a pickle, but
+        never one that is stored. Without pickle's memo it does not tell which parts are one
+        and the same object. """
+    stream = io.BytesIO()
+    writer = pickler(stream, 5)
+    writer.fast = fast
+    try:
+        writer.dump(value)
+    except Exception as error:  # also from methods of the user's classes
+        if fast:  # perhaps a cycle, which ends only with the memo
+            return _canonical(value, pickler, False)
+        _log.debug('cannot compare a %s, so it counts as a change: %s', _kind(value), _kind(error))
+        return os.urandom(16)
+    form = stream.getvalue()
+    if pickler is pickle.Pickler and (b'\x8f' in form or b'\x91' in form):  # it has a set
+        return _canonical(value, _Canonical, fast)
+    return form
+
+
+def _same(one: Any, other: Any) -> bool:
+    """ Tell whether two values are equal, to their types: 1, 1.0 and True differ.
+        In doubt they are not. """
+    if one is other or type(one) is not type(other):
+        return one is other
+    if type(one) in _ATOMS:
+        return bool(one == other)
+    return _canonical(one) == _canonical(other)
+
+
+def _same_objects(one: Any, other: Any) -> bool:
+    """ Tell whether two values are equal and hold the same objects. In doubt they are not. """
+    kind = type(one)
+    if one is other or kind is not type(other):
+        return one is other
+    if kind is dict:
+        one, other = [*one.items()], [*other.items()]
+    elif kind not in (list, tuple):
+        parts = one | other if kind in (set, frozenset) else [one]
+        return _PLAIN.issuperset(map(type, parts)) and _same(one, other)
+    try:
+        return len(one) == len(other) and all(map(_same_objects, one, other))
+    except RecursionError:  # a cycle
+        return False
 
 
 class _Seal:
@@ -278,15 +287,14 @@ class _Seal:
 
     #: Whether the values themselves are stored, instead of bytes made of them.
     keeps_values = False
+    #: Tells whether two values are equal.
+    same: Callable[[Any, Any], bool] = staticmethod(_same)
 
     def __init__(self, secrets: list[bytes], cookie_name: str, serializer: Any) -> None:
-        label = cookie_name.encode('ascii') + b'\0'
-        masters = [blake2b(raw, person=b'bsession').digest() for raw in secrets]
-        self._names = blake2b(label, digest_size=32, person=b'bsession name')
-        self._keys = [blake2b(label, digest_size=32, person=b'bsession key', key=master)
-                      for master in masters]
-        self._owners = [blake2b(label, digest_size=32, person=b'bsession owner', key=master)
-                        for master in masters]
+        keyed_hash = functools.partial(blake2b, cookie_name.encode() + b'\0', digest_size=32)
+        self._names = keyed_hash(person=b'bsession name')
+        self._keys = [keyed_hash(person=b'bsession key', key=blake2b(secret).digest())
+                      for secret in secrets]
         self._use(serializer)
 
     def _use(self, serializer: Any) -> None:
@@ -300,41 +308,41 @@ class _Seal:
         self.pickles = serializer is pickle
         self.dumps, self._loads = serializer.dumps, serializer.loads
         if isinstance(serializer.dumps({}), str):
-            self.dumps = lambda data: _bytes(serializer.dumps(data))
-            self._loads = lambda plain: serializer.loads(plain.decode('utf-8', 'surrogatepass'))
+            self.dumps = lambda data: serializer.dumps(data).encode(*_UTF8)
+            self._loads = lambda payload: serializer.loads(payload.decode(*_UTF8))
 
     def name(self, id: str) -> str:
         """ Return the name under which a store keeps this session. """
         name = self._names.copy()
-        name.update(id.encode('ascii'))
+        name.update(id.encode())
         return name.hexdigest()
 
     def list_ids(self, owner: str) -> list[str]:
         """ Return what the list of an owner's log-ins has for an id, under each secret,
             newest first: without one, nobody can test a guess of an owner. """
-        return [_derive(master, _bytes(owner)).hex() for master in self._owners]
+        return [_derive(key, ('owner\0' + owner).encode(*_UTF8)).hex() for key in self._keys]
 
     def seal(self, kind: bytes, id: str, head: _Head, payload: Any = b'') -> Any:
         """ Return a record of this kind for the session with this id. """
-        owner, nonce = _bytes(head[4] or ''), os.urandom(12)
-        sealed: bytes = self._cipher(_derive(self._keys[0], id.encode('ascii'))).encrypt(
-            nonce, _HEAD.pack(*head[:4], len(owner)) + owner + payload, kind)
+        nonce, owner = os.urandom(12), head[4].encode(*_UTF8) if head[4] else b''
+        sealed: bytes = self._cipher(_derive(self._keys[0], id.encode())).encrypt(
+            nonce, _HEAD.pack(*head[:4]) + owner + _OWNER_END + payload, kind)
         return kind + nonce + sealed
 
     def open(self, id: str, record: Any) -> tuple[bytes, _Head, Any, bool]:
         """ Return (kind, head, payload, whether an older secret sealed it), or raise
             _Unreadable. """
         kind = record[:1]
-        for master in self._keys:
+        for key in self._keys:
             try:
-                plain = self._cipher(_derive(master, id.encode('ascii'))).decrypt(
+                plain = self._cipher(_derive(key, id.encode())).decrypt(
                     record[1:13], record[13:], kind)
             except (self._forged, ValueError):  # ValueError: too short to be sealed
                 continue
-            *head, size = _HEAD.unpack_from(plain)
-            end = _HEAD.size + size
-            owner = plain[_HEAD.size:end].decode('utf-8', 'surrogatepass') if size else None
-            return kind, _Head._make((*head, owner)), plain[end:], master is not self._keys[0]
+            name, _, payload = plain[_HEAD.size:].partition(_OWNER_END)
+            owner = name.decode(*_UTF8) if name else None
+            head = _Head._make(_HEAD.unpack_from(plain) + (owner,))
+            return kind, head, payload, key is not self._keys[0]
         raise _Unreadable('is damaged, or was sealed with a secret that is not in the list')
 
     def loads(self, payload: Any) -> dict[Any, Any]:
@@ -353,23 +361,13 @@ class _Seal:
             raise _Unreadable('holds no dict')
         return data
 
-    def same(self, one: Any, other: Any) -> bool:
-        """ Tell whether two values are equal. """
-        return _same(one, other)
-
-
-def _derive(master: blake2b, data: bytes) -> bytes:
-    """ Return a keyed hash (BLAKE2b, RFC 7693), continued with these data. """
-    key = master.copy()
-    key.update(data)
-    return key.digest()
-
 
 class _NoSeal(_Seal):
     """ The same for the memory mode: a record is a tuple with a shallow copy of the data,
         which can be cut like a record of bytes. Nothing is sealed or serialized. """
 
     keeps_values = pickles = True
+    same = staticmethod(_same_objects)
 
     def _use(self, serializer: Any) -> None:
         self.dumps = self.loads = dict.copy  # type: ignore[method-assign,assignment]
@@ -380,85 +378,18 @@ class _NoSeal(_Seal):
     def open(self, id: str, record: Any) -> tuple[bytes, _Head, Any, bool]:
         return record[0], record[2], record[3], False
 
-    def same(self, one: Any, other: Any) -> bool:
-        try:
-            return _same_objects(one, other)
-        except RecursionError:
-            return False
+
+def _derive(key: blake2b, data: bytes) -> bytes:
+    """ Return a keyed hash (BLAKE2b, RFC 7693), continued with these data. """
+    key = key.copy()
+    key.update(data)
+    return key.digest()
 
 
 def _kind_of(record: Any) -> bytes:
     """ Return the kind of a record; b'' if there is none, or a damaged one. """
     kind: bytes = record[0] if type(record) is tuple else (record or b'')[:1]
     return kind
-
-
-class _Missing:
-    """ Stands where there is no value. """
-
-
-_MISSING = _Missing()
-# What is never changed inside, and the part of it in which equal means the same.
-_ATOMS = frozenset((str, int, bool, bytes, type(None), _Missing))
-_PLAIN = _ATOMS | {float, complex, datetime, date, timedelta}
-_SURE = _PLAIN - {datetime}  # to load back; somebody's tzinfo may not
-
-
-def _same(one: Any, other: Any) -> bool:
-    """ Tell whether two values are equal, to their types: 1, 1.0 and True differ.
-        In doubt they are not. """
-    kind = type(one)
-    if one is other or kind is not type(other):
-        return one is other
-    if kind in _ATOMS:
-        return bool(one == other)
-    return _canonical(one) == _canonical(other)
-
-
-def _same_objects(one: Any, other: Any) -> bool:
-    """ Tell whether two values are equal and hold the same objects. """
-    kind = type(one)
-    if one is other or kind is not type(other):
-        return one is other
-    if kind is dict:
-        one, other = [*one.items()], [*other.items()]
-    elif kind in (set, frozenset):
-        return _PLAIN.issuperset(map(type, one | other)) and _same(one, other)
-    elif kind not in (list, tuple):
-        return kind in _PLAIN and _same(one, other)
-    return len(one) == len(other) and all(map(_same_objects, one, other))
-
-
-class _Canonical(pickle.Pickler):
-    """ Pickles equal sets to the same bytes, whatever the order of their elements. """
-
-    def persistent_id(self, value: Any) -> Any:
-        if type(value) not in (set, frozenset):
-            return None
-        return _kind(value), sorted(map(_canonical, value))
-
-
-def _canonical(value: Any, pickler: type[pickle.Pickler] = pickle.Pickler) -> bytes:
-    """ Return bytes that are the same only for equal values, to their types.
-
-        Without pickle's memo they do not tell which parts are one and the same
-        object. Never for what is stored. With a cycle only the memo ends.
-    """
-    stream = io.BytesIO()
-    writer = pickler(stream, 5)
-    writer.fast = True
-    try:
-        try:
-            writer.dump(value)
-        except ValueError:  # a cycle, perhaps
-            return pickle.dumps(value, 5)
-    except Exception as error:  # also from methods of the user's classes
-        _log.debug('cannot compare a %s, so it counts as a change: %s', _kind(value), _kind(error))
-        return os.urandom(16)
-    form = stream.getvalue()
-    if pickler is pickle.Pickler and (b'\x8f' in form or b'\x91' in form):  # it has a set
-        return _canonical(value, _Canonical)
-    return form
 
 
 ###############################################################################
@@ -1919,13 +1850,13 @@ class _Visit:
         self.saving = _NOTHING, None
         self._mark_saved()
         if self.cookie or session.cookie_name + '=' in environ.get('HTTP_COOKIE', ''):
-            self.cookie = session._cookie.line(_is_https(environ), '', 0)
+            self.cookie = session._cookie.line(environ, '', 0)
 
     def _set_cookie(self) -> None:
         """ Have the browser told of the id. """
         session = self.session
         max_age = self.expires - session.clock() if self.option('permanent') > 0 else None
-        self.cookie = session._cookie.line(_is_https(self.request.environ), self.id or '', max_age)
+        self.cookie = session._cookie.line(self.request.environ, self.id or '', max_age)
 
     def option(self, name: str) -> Any:
         """ Return days or permanent, as this request sees it. """
@@ -2096,20 +2027,19 @@ class Session(MutableMapping):  # type: ignore[type-arg]
                  samesite: str | None = 'lax', path: str = '/', domain: str | None = None,
                  partitioned: bool = False, lock_timeout: float = 10.0,
                  max_logins: int | None = 100, serializer: Any = pickle) -> None:
-        put = functools.partial(object.__setattr__, self)
-        secrets = _check_secrets(secret)
+        for argument, value in [*locals().items()]:
+            if argument in _ARGUMENTS and argument != 'secret':
+                _check(argument, value)
+        _require(hasattr(serializer, 'dumps') and hasattr(serializer, 'loads'), 'serializer must '
+                 'have dumps() and loads(), as json and pickle do, not %s', _kind(serializer),
+                 TypeError)
+        secrets, put = _check_secrets(secret), functools.partial(object.__setattr__, self)
         self._cookie = _Cookie(cookie_name, secure, httponly, samesite, path, domain, partitioned)
         put('cookie_name', cookie_name)
         put('name', 'session' if cookie_name == 'bsession' else 'session:' + cookie_name)
-        self._days = _check_days('days', days)
-        self._max_age = math.inf if max_days is None else _check_days('max_days', max_days) * _DAY
-        self._permanent = 1 if _check_flag('permanent', permanent) else -1
-        _require(max_logins is None or type(max_logins) is int and max_logins > 0,
-                 'max_logins=%r: use a whole number, 1 or more, or None for no limit', max_logins,
-                 ValueError if type(max_logins) is int else TypeError)
-        self._max_logins = max_logins
-        self.lock_timeout = lock_timeout
-        _check_serializer(serializer)
+        self._days, self._permanent = days, 1 if permanent else -1
+        self._max_age = math.inf if max_days is None else max_days * _DAY
+        self._max_logins, self.lock_timeout = max_logins, lock_timeout
         put('store', _make_store(mode, sessions_dir))
         seal = _NoSeal if self.store.keeps_objects else _Seal
         self._seal = seal(secrets, cookie_name, serializer)
@@ -2121,13 +2051,10 @@ class Session(MutableMapping):  # type: ignore[type-arg]
                           'at the top level of the module', UserWarning, 2)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == 'lock_timeout':
-            _require(type(value) in (int, float) and 0 <= value <= 86400,
-                     'lock_timeout=%r: use a number of seconds, 0 or more', value)
-        elif name == 'clock':
-            _require(callable(value), 'clock must be a callable that returns seconds since the '
-                     'epoch, as time.time does, not %s', _kind(value), TypeError)
-            self.store.clock = value
+        if name in ('lock_timeout', 'clock'):
+            _check(name, value)
+            if name == 'clock':
+                self.store.clock = value
         elif not (name[:1] == '_' and name in Session.__slots__
                   or getattr(getattr(type(self), name, None), 'fset', None)):
             remedy = 'session.login(owner)' if name == 'owner' else 'session[%r] = ...' % name
@@ -2214,7 +2141,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
 
     @days.setter
     def days(self, days: float) -> None:
-        self._loaded().set_option('days', float(_check_days('days', days)))
+        _check('days', days)
+        self._loaded().set_option('days', float(days))
 
     @property
     def permanent(self) -> bool:
@@ -2223,7 +2151,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
 
     @permanent.setter
     def permanent(self, permanent: bool) -> None:
-        self._loaded().set_option('permanent', 1 if _check_flag('permanent', permanent) else -1)
+        _check('permanent', permanent)
+        self._loaded().set_option('permanent', 1 if permanent else -1)
 
     def explain(self) -> str:
         """ Return why the session is what it is, in one sentence, for debugging. """
@@ -2263,8 +2192,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             :param note: for `logins`, the user agent for example; cut at 500 characters.
         """
         visit = self._visit()
-        _check_owner(owner)
-        _require(isinstance(note, str), 'note must be a str, not %s', _kind(note), TypeError)
+        _check('owner', owner)
+        _check('note', note)
         visit.regenerate(owner, note[:500])
         try:
             if self._max_logins:
@@ -2297,9 +2226,9 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         """ End all sessions of this owner, for "log out everywhere", or the one with
             this `id`, as `logins` gives it; return how many. They are ended as by
             `purge()`. It works outside of requests, too. """
-        _check_owner(owner)
-        _require(id is _MISSING or isinstance(id, str), 'revoke(owner, id) needs the id of one of '
-                 'logins(), a str, not %r; revoke(owner) ends all', id, TypeError)
+        _check('owner', owner)
+        if id is not _MISSING:
+            _check('id', id)
 
         def wanted(name: str) -> bool:
             return id is _MISSING or id == _public(name)
@@ -2318,7 +2247,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def _name_here(self, owner: str | None) -> str:
         """ Return the name of this request's session if it is this owner's, or ''. """
         if owner is not None:
-            _check_owner(owner)
+            _check('owner', owner)
             if not _current.get().environ:
                 return ''
         return self._visit().name if owner in (None, self.owner) else ''
@@ -2446,34 +2375,71 @@ def _utc(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, timezone.utc)
 
 
-def _check_days(argument: str, days: float) -> float:
-    _require(isinstance(days, (int, float)) and not isinstance(days, bool),
-             argument + ' must be a number, not %s', _kind(days), TypeError)
-    _require(0 < days <= 10_000_000, argument + '=%r: use a number of days greater than 0', days)
-    return days
+_FLAG = object, lambda flag: type(flag) is bool, 'True or False'
+_DAYS = (int, float), lambda days: 0 < days <= 10_000_000, 'a number of days greater than 0'
+_OPTIONAL = {'max_days', 'secure', 'samesite', 'domain', 'max_logins'}  # they may be None
+#: What is asked of an argument: its type (else TypeError), what holds for a right one (else
+#: ValueError), and how both are said.
+_ARGUMENTS: dict[str, tuple[Any, Callable[[Any], Any], str]] = {
+    'secret': ((str, bytes), len, 'a str, bytes or a list of them, such as "python -m '
+               'bottle_session secret" prints'),
+    'sessions_dir': ((str, os.PathLike), lambda path: os.fspath(path) and '\0' not in str(path),
+                     'a str or a path, the name of a directory'),
+    'cookie_name': (str, re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+").fullmatch,
+                    'a str of letters, digits, "-" and "_"'),
+    'days': _DAYS, 'max_days': _DAYS,
+    'permanent': _FLAG, 'secure': _FLAG, 'httponly': _FLAG, 'partitioned': _FLAG,
+    'samesite': (object, re.compile('lax|strict|none', re.I).fullmatch,
+                 "'lax', 'strict', 'none'"),
+    'path': (object, re.compile('/[!-:<-~]*').fullmatch,
+             "a path that starts with '/', without ';', spaces or characters beyond ASCII"),
+    'domain': (object, re.compile('[A-Za-z0-9.-]+').fullmatch,
+               "a host name in ASCII ('xn--...' for others)"),
+    'lock_timeout': (object, lambda seconds: type(seconds) is not bool and 0 <= seconds <= 86400,
+                     'a number of seconds, 0 or more'),
+    'max_logins': (int, lambda number: number > 0, 'a whole number, 1 or more'),
+    'clock': (Callable, callable,
+              'a callable that returns seconds since the epoch, as time.time does'),
+    'owner': (str, len, "a str, the user's stable name, such as str(user.id)"),
+    'note': (str, lambda note: True, 'a str'),
+    'id': (str, lambda id: True, 'a str, the id of one of logins(); revoke(owner) ends all')}
 
 
-def _check_owner(owner: str) -> None:
-    _require(isinstance(owner, str), 'owner must be a str, not %s: use the stable name of the '
-             'user, such as str(user.id)', _kind(owner), TypeError)
-    _require(owner, 'owner is empty%s: use the stable name of the user', '')
+def _check(argument: str, value: Any) -> None:
+    """ Raise TypeError or ValueError, with what to use instead, for a wrong argument. """
+    kind, is_right, what = _ARGUMENTS[argument]
+    if argument in _OPTIONAL:
+        if value is None:
+            return
+        what += ', or None'
+    if not isinstance(value, kind) or type(value) is bool and kind is not object:
+        raise TypeError('%s must be %s, not %s' % (argument, what, _kind(value)))
+    with suppress(TypeError):  # of a value that cannot be asked
+        if is_right(value):
+            return
+    wrong = argument + ' is empty' if value == '' else '%s=%r' % (argument, value)
+    raise ValueError('%s: use %s' % (wrong, what))
 
 
-def _check_serializer(serializer: Any) -> None:
-    _require(callable(getattr(serializer, 'dumps', None))
-             and callable(getattr(serializer, 'loads', None)),
-             'serializer must have dumps() and loads(), as json and pickle do, not %s',
-             _kind(serializer), TypeError)
-    empty = serializer.dumps({})
-    _require(isinstance(empty, (str, bytes)) and serializer.loads(empty) == {}, 'serializer: '
-             'dumps({}) gave %r, and not str or bytes of which loads() makes {}', empty)
+def _require(condition: Any, message: str, value: Any,
+             error: type[Exception] = ValueError) -> None:
+    """ Raise this error about an argument unless the condition holds. """
+    if not condition:
+        raise error(message % (value,))
+
+
+def _check_secrets(secret: Any) -> list[bytes]:
+    secrets = secret if isinstance(secret, (list, tuple)) else [secret]
+    for one in secrets or ['']:
+        _check('secret', one)
+    raw = [one.encode(*_UTF8) if isinstance(one, str) else one for one in secrets]
+    if min(map(len, raw)) < 16:
+        warnings.warn('secret is shorter than 16 bytes: use one that "python -m bottle_session '
+                      'secret" prints, and keep it out of the code', UserWarning, 3)
+    return raw
 
 
 def _make_store(mode: str | Store, sessions_dir: str | os.PathLike[str]) -> Store:
-    _require(isinstance(sessions_dir, (str, os.PathLike)),
-             'sessions_dir must be a str or a path, not %s', _kind(sessions_dir), TypeError)
-    _require(os.fspath(sessions_dir) and '\0' not in str(sessions_dir),
-             'sessions_dir=%r is no name of a directory', sessions_dir)
     if isinstance(mode, Store):
         return mode
     if mode == 'memory':
@@ -2699,36 +2665,32 @@ HTTPError.apply = _apply_error
 ###############################################################################
 
 
-def _main(arguments: list[str] | None = None) -> int:
+def _main() -> None:
     import argparse
     parser = argparse.ArgumentParser(
         prog='python -m bottle_session', description='Helps with the sessions of a Bottle app.',
         epilog='Exit codes: 0 done, 1 the store failed, 2 wrong arguments.')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
-    commands.add_parser('secret', help='print a good secret', description='Print a new secret: '
-                        '256 random bits. Keep it out of the code, for example in an environment '
-                        'variable; who changes it lists the new one first: Session([new, old]).')
-    sweep = commands.add_parser(
-        'sweep', help='remove the sessions that have expired',
-        description='Remove the sessions that have expired. It needs neither secret nor days.')
+    commands.add_parser('secret', help='print a new secret: 256 random bits, to be kept out of '
+                        'the code. Who changes it lists the new one first: Session([new, old])')
+    sweep = commands.add_parser('sweep', help='remove the sessions that have expired, for which '
+                                'neither secret nor days are needed')
     sweep.add_argument('store', metavar='DIR|URL',
                        help='the sessions_dir of a file mode, or a redis URL')
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     if options.command == 'secret':
-        print(_new_id())
-        return 0
+        return print(_new_id())
+    path = options.store
     try:
-        if '://' not in options.store and not os.path.isdir(options.store):
-            parser.error('%s is no directory' % options.store)
-        store = _make_store(options.store if '://' in options.store else 'file', options.store)
-        print('removed %d, left %d' % store.sweep(
-            time.time(), _show_progress if sys.stderr.isatty() else None))
-        return 0
+        if '://' not in path and not os.path.isdir(path):
+            parser.error('%s is no directory' % path)
+        store = _make_store(path if '://' in path else 'file', path)
+        progress = _show_progress if sys.stderr.isatty() else None
+        print('removed %d, left %d' % store.sweep(time.time(), progress))
     except (ImportError, ValueError) as error:
         parser.error(str(error))
     except StoreError as error:
-        print('%s: %s' % (options.store, error.__cause__ or error), file=sys.stderr)
-        return 1
+        parser.exit(1, '%s: %s\n' % (path, error.__cause__ or error))
 
 
 def _show_progress(share: float) -> None:
@@ -2738,4 +2700,4 @@ def _show_progress(share: float) -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(_main())
+    _main()
