@@ -90,7 +90,7 @@ class _Unavailable(SessionError, HTTPError):  # type: ignore[misc]
     message = ''
 
     def __init__(self, message: str = '') -> None:
-        self.args = message or self.message,
+        self.args = (message or self.message,)
         HTTPError.__init__(self, 503, self.args[0], Retry_After='1')
 
 
@@ -306,8 +306,10 @@ class _Seal:
                               "'cryptography': pip install cryptography") from error
         self._cipher, self._forged = AESGCM, InvalidTag
         self.pickles = serializer is pickle
-        self.dumps, self._loads = serializer.dumps, serializer.loads
-        if isinstance(serializer.dumps({}), str):
+        self.dumps, self._loads, empty = serializer.dumps, serializer.loads, serializer.dumps({})
+        _require(isinstance(empty, (str, bytes)) and serializer.loads(empty) == {}, 'serializer: '
+                 'dumps({}) gave %r, and not str or bytes of which loads() makes {}', empty)
+        if isinstance(empty, str):
             self.dumps = lambda data: serializer.dumps(data).encode(*_UTF8)
             self._loads = lambda payload: serializer.loads(payload.decode(*_UTF8))
 
