@@ -1358,119 +1358,98 @@ class _Owners:
     def read(self, owner: str) -> dict[str, _Entry]:
         """ Return what the lists under all secrets say: name -> entry. """
         entries: dict[str, _Entry] = {}
-        for id in reversed(self._seal.list_ids(owner)):
+        for id in self._seal.list_ids(owner):
             for name, entry in self._load(id)[1].items():
-                if name not in entries or entry.used >= entries[name].used:
-                    entries[name] = entry
+                entries[name] = max(entries.get(name, entry), entry, key=lambda one: one.used)
         return entries
+
+    def living(self, entries: dict[str, _Entry], now: float) -> dict[str, _Entry]:
+        """ Return those of the entries that have a session. """
+        return {name: entry for name, entry in entries.items()
+                if entry.expires > now and _kind_of(self._store.load(name)) == _SESSION}
 
     def enter(self, owner: str, name: str, entry: _Entry, like: str, durable: bool) -> None:
         """ List a session under the newest secret, before it is stored. What an older list
             says of it stays there: a process that has the secrets in another order may be
             writing to that.
 
-            :param like: the name whose entry it takes over, as far as `entry` has None.
+            :param like: the name whose log-in it goes on with, if `entry` has None for it.
         """
-        newest, *older = self._seal.list_ids(owner)
-        known = {key: value for id in older for key, value in self._load(id)[1].items()}
-
-        def change(entries: dict[str, _Entry]) -> bool:
-            old = entries.get(like) or known.get(like) or _Entry(entry.used, 0, 0, '')
+        for entries in self._changing(self._seal.list_ids(owner)[0], durable):
+            login = entry
+            if entry.created is None:
+                login = entries.get(like) or self.read(owner).get(like) or _Entry(
+                    entry.used, 0, 0, '')
             for key in [key for key in entries if entries[key].expires + _MONTH < entry.used]:
                 del entries[key]
-            entries[name] = entry._replace(
-                created=old.created if entry.created is None else entry.created,
-                note=old.note if entry.note is None else entry.note,
-                expires=max(entry.expires, entries[name].expires if name in entries else 0))
-            return True
+            entries[name] = _Entry(login.created, entry.used, max(
+                entry.expires, entries.get(name, entry).expires), login.note)
 
-        self._change(newest, change, durable)
-
-    def shorten(self, owner: str, name: str, before: float, expires: float) -> None:
-        """ Let an entry end sooner, unless somebody else changed when it does. """
-        def change(entries: dict[str, _Entry]) -> bool:
-            if name not in entries or entries[name].expires != before:
-                return False
-            entries[name] = entries[name]._replace(expires=expires)
-            return True
-
+    def leave(self, owner: str | None, name: str, before: float = 0, expires: float = 0) -> None:
+        """ Have the lists of its owner, if it has one, forget a session that ended; or have
+            it end at `expires` there, unless somebody else changed that since `before`. """
         try:
-            self._change(self._seal.list_ids(owner)[0], change, False)
+            for id in self._seal.list_ids(owner) if owner else ():
+                for entries in self._changing(id):
+                    if not expires:
+                        entries.pop(name, None)
+                    elif name in entries and entries[name].expires == before:
+                        entries[name] = entries[name]._replace(expires=expires)
         except _Unavailable as error:
             _log.warning('session %s is listed for longer than it lives: %s', _public(name), error)
 
-    def leave(self, owner: str | None, name: str) -> None:
-        """ Take a session that ended out of its owner's lists, if it has one. """
-        try:
-            if owner:
-                self._leave(owner, {name}, False)
-        except _Unavailable as error:
-            _log.warning('session %s ended, and is listed until it expires: %s',
-                         _public(name), error)
-
-    def _leave(self, owner: str, names: set[str], durable: bool) -> None:
-        def change(entries: dict[str, _Entry]) -> bool:
-            return bool([entries.pop(name) for name in names.intersection(entries)])
-
-        for id in self._seal.list_ids(owner):
-            self._change(id, change, durable)
-
     def revoke(self, owner: str, wanted: Callable[[str], bool], now: float) -> int:
         """ End the sessions with these names; return how many lived. One that gets a new id
-            meanwhile is listed with it before, so it is looked for again, by the time of
-            its log-in. Other log-ins that come meanwhile came afterwards. """
-        ended = 0
-        done: set[str] = set()
-        moved: set[float] | None = None
-        while moved is None or moved:
-            going = {name: entry for name, entry in self.read(owner).items()
-                     if name not in done and wanted(name)
-                     and (moved is None or entry.created in moved)}
-            kinds = {name: self._end(name) for name in going}
-            ended += sum(kinds[name] == _SESSION and going[name].expires > now for name in going)
-            moved = {going[name].created for name, kind in kinds.items() if kind == _MOVED}
-            done.update(going)
-        self._leave(owner, done, True)
+            meanwhile is listed with it before, so the log-ins of the beginning are looked for
+            until none is left. """
+        entries, ended = self.read(owner), 0
+        logins = {entry.created for entry in entries.values()}
+        while going := [name for name, entry in entries.items()
+                        if entry.created in logins and wanted(name)]:
+            ended += sum(self._end(name) and entries[name].expires > now for name in going)
+            for id in self._seal.list_ids(owner):
+                for entries in self._changing(id):
+                    for name in going:
+                        entries.pop(name, None)
+            entries = self.read(owner)
         return ended
 
     def trim(self, owner: str, newest: str, most: int, now: float) -> None:
         """ End the sessions that were not used for longest, but for `most`. Log-ins at the
             same time must choose alike, and none ends itself. """
         entries = self.read(owner)
-        if len(entries) > most and newest in entries:  # else it was ended meanwhile
-            latest = max(entry.used for entry in entries.values())
-            if latest > entries[newest].used + _MOVED_SECONDS:  # this process' clock is behind
-                entries[newest] = entries[newest]._replace(used=latest)
-            names = sorted(entries, key=lambda name: (entries[name].used, name))
-            living = [name for name in names if entries[name].expires > now and self.lives(name)]
-            old = {name for name in names if entries[name].used + _BLOCKED_SECONDS < now}
-            over = old.difference(living).union(living[:-most])
-            over.discard(newest)
-            self.revoke(owner, over.__contains__, now)
+        if len(entries) <= most or newest not in entries:  # it was ended meanwhile
+            return
+        latest = max(entry.used for entry in entries.values())
+        if latest > entries[newest].used + _MOVED_SECONDS:  # this process' clock is behind
+            entries[newest] = entries[newest]._replace(used=latest)
+        living = self.living(entries, now)
+        ranked = sorted(living, key=lambda name: (living[name].used, name))
+        old = {name for name in entries if entries[name].used + _BLOCKED_SECONDS < now}
+        over = old.difference(living).union(ranked[:-most]) - {newest}
+        self.revoke(owner, over.__contains__, now)
 
-    def lives(self, name: str) -> bool:
-        """ Tell whether there is a session of this name. """
-        return _kind_of(self._store.load(name)) == _SESSION
-
-    def _end(self, name: str) -> bytes:
-        """ End a session, and return the kind of record that was there; where there is
-            none yet, see that there never is. """
+    def _end(self, name: str) -> bool:
+        """ End a session, and tell whether there was one; where there is none yet, see that
+            there never is. """
         store = self._store
         for _ in range(100):
             record = store.load(name)
-            if record and _kind_of(record) != _SESSION:
-                return _kind_of(record)
+            if record is None:
+                # Nobody has the id of this record: its name must not help to guess a secret.
+                mark = self._seal.seal(_BLOCKED, _new_id(), _NO_HEAD)
+                if store.create(name, mark, store.clock() + _BLOCKED_SECONDS):
+                    return False
+                continue
+            if _kind_of(record) not in (_SESSION, b''):
+                return False
             try:
-                removed = record is not None and store.remove(name, record[:_VERSION] or None)
+                removed = store.remove(name, record[:_VERSION] or None)
             except SessionBusy:  # in a `with` block, for which log-out does not wait
                 removed = store.remove(name)
-            if removed and record:
-                return _SESSION
-            # Nobody has the id of this record: its name must not help to guess a secret.
-            if not record and store.create(name, self._seal.seal(_BLOCKED, _new_id(), _NO_HEAD),
-                                           store.clock() + _BLOCKED_SECONDS):
-                break
-        return b''  # nothing is there, and nothing can be put there
+            if removed:
+                return bool(record)
+        raise StoreError()
 
     def _load(self, id: str) -> tuple[Any, dict[str, _Entry]]:
         """ Return the record of a list, and what is in it. """
@@ -1484,24 +1463,26 @@ class _Owners:
             return record, {}
         return record, {name: _Entry(*entry) for name, entry in json.loads(payload).items()}
 
-    def _change(self, id: str, change: Callable[[dict[str, _Entry]], bool], durable: bool) -> None:
-        """ Apply `change` to a list; it says whether there is something to store. """
-        store, seal, name = self._store, self._seal, self._seal.name(id)
+    def _changing(self, id: str, durable: bool = False) -> Iterator[dict[str, _Entry]]:
+        """ Yield what is in a list, again until what the loop makes of it is stored. """
+        store, name = self._store, self._seal.name(id)
         for _ in range(1000):  # as long as others change it, too
             record, entries = self._load(id)
-            if not change(entries):
+            before = entries.copy()
+            yield entries
+            if entries == before:
                 return
-            new = seal.seal(_LOGINS, id, _NO_HEAD, json.dumps(entries).encode('ascii'))
+            new = self._seal.seal(_LOGINS, id, _NO_HEAD, json.dumps(entries).encode('ascii'))
             expires = max((entry.expires for entry in entries.values()), default=0.0)
-            if record is not None and not record:  # damaged
+            if record == b'':  # damaged
                 store.remove(name)
             if not record:
-                done = not entries or store.create(name, new, expires, durable)
-            elif not entries:
-                done = _retry_busy(1.0, '', store.remove, name, record[:_VERSION])
-            else:
+                done = store.create(name, new, expires, durable)
+            elif entries:
                 done = new == _retry_busy(1.0, '', store.replace, name, record[:_VERSION], new,
                                           expires, None, durable)
+            else:
+                done = _retry_busy(1.0, '', store.remove, name, record[:_VERSION])
             if done:
                 return
         raise StoreError()
@@ -1530,16 +1511,14 @@ def _retry_busy(seconds: float | None, name: str, attempt: Callable[..., Any], *
     queue = _queues.setdefault(name, []) if name else []
     queue.append(me)
     try:
-        while True:
-            left = end - time.monotonic()
-            if left <= 0:
-                _log.warning('%s: another request holds this session for more than %s seconds',
-                             _current.get().rule(), seconds)
-                raise SessionBusy()
+        while (left := end - time.monotonic()) > 0:
             time.sleep(min(left, 0.0005 * min(20, 1 + queue.index(me)) * random.uniform(0.8, 1.2)))
             if queue[0] is me:
                 with suppress(SessionBusy):
                     return attempt(*args)
+        _log.warning('%s: another request holds this session for more than %s seconds',
+                     _current.get().rule(), seconds)
+        raise SessionBusy()
     finally:
         queue.remove(me)
         if not queue:
@@ -1770,7 +1749,7 @@ class _Visit:
         if renewed:
             before, self.head, self.expires = self.expires, head, expires
             if listed and expires < before:
-                session._owners.shorten(head.owner, name, before, expires)
+                session._owners.leave(head.owner, name, before, expires)
             if not self.request.sent:
                 self._set_cookie()
         return record
@@ -2320,8 +2299,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     @property
     def owner(self) -> str | None:
         """ Who logged in with `login`, or None. """
-        visit = self._loaded()
-        return visit.head.owner if visit.id else None
+        owner: str | None = self._loaded().head.owner
+        return owner
 
     def logins(self, owner: str | None = None) -> list[Login]:
         """ Return the living sessions of this visitor's owner, or of another: named
@@ -2331,11 +2310,9 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         here = self._name_here(owner)
         owner = self.owner if owner is None else owner
         entries = self._owners.read(owner) if owner else {}
-        now = self.clock()
         found = [Login(_public(name), _utc(entry.created), _utc(entry.used), entry.note,
                        name == here)
-                 for name, entry in entries.items()
-                 if entry.expires > now and self._owners.lives(name)]
+                 for name, entry in self._owners.living(entries, self.clock()).items()]
         return sorted(found, key=lambda login: (login.used, login.created), reverse=True)
 
     def revoke(self, owner: str, id: Any = _MISSING) -> int:
