@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn, Union
     Secret = Union[str, bytes]
     Progress = Union[Callable[[float], object], None]
+    _Entries = dict[str, dict[str, Any]]
 
 __all__ = ['FileStore', 'Login', 'MemoryStore', 'RedisStore', 'Session', 'SessionBusy',
            'SessionError', 'Store', 'StoreError', 'check_store']
@@ -1340,12 +1341,11 @@ _BLOCKED_SECONDS = 3600.0  # after which a log-in that began has ended, or its p
 _NOTHING: dict[Any, Any] = {}  # never changed
 
 Login = namedtuple('Login', 'id created used note here')
-#: What a list says of a session; times in seconds since the epoch.
-_Entry = namedtuple('_Entry', 'created used expires note')
 
 
 class _Owners:
-    """ The lists of who is logged in where, by the names of sessions in the store.
+    """ The lists of who is logged in where: {name of a session in the store: entry}. Of an
+        entry, `created`, `used` and `expires` are seconds since the epoch, `note` is a text.
 
         A list is one record, changed by compare-and-set alone. A session is listed
         before it is stored: where a process dies in between, a name without a session
@@ -1355,46 +1355,40 @@ class _Owners:
     def __init__(self, store: Store, seal: _Seal) -> None:
         self._store, self._seal = store, seal
 
-    def read(self, owner: str) -> dict[str, _Entry]:
-        """ Return what the lists under all secrets say: name -> entry. """
-        entries: dict[str, _Entry] = {}
-        for id in self._seal.list_ids(owner):
-            for name, entry in self._load(id)[1].items():
-                entries[name] = max(entries.get(name, entry), entry, key=lambda one: one.used)
-        return entries
+    def read(self, owner: str) -> _Entries:
+        """ Return what the lists under all secrets say, the log-ins in their order. """
+        merged: _Entries = {}
+        for entries in self._lists(owner):
+            for name, entry in entries.items():
+                merged[name] = max(entry, merged.get(name, entry), key=lambda one: one['used'])
+        return merged
 
-    def living(self, entries: dict[str, _Entry], now: float) -> dict[str, _Entry]:
+    def living(self, entries: _Entries, now: float) -> _Entries:
         """ Return those of the entries that have a session. """
         return {name: entry for name, entry in entries.items()
-                if entry.expires > now and _kind_of(self._store.load(name)) == _SESSION}
+                if entry['expires'] > now and _kind_of(self._store.load(name)) == _SESSION}
 
-    def enter(self, owner: str, name: str, entry: _Entry, like: str, durable: bool) -> None:
+    def enter(self, owner: str, name: str, like: str, durable: bool, **entry: Any) -> None:
         """ List a session under the newest secret, before it is stored. What an older list
             says of it stays there: a process that has the secrets in another order may be
             writing to that.
 
-            :param like: the name whose log-in it goes on with, if `entry` has None for it.
+            :param like: the name whose log-in it goes on with, if `entry` tells of none.
         """
-        for entries in self._changing(self._seal.list_ids(owner)[0], durable):
-            login = entry
-            if entry.created is None:
-                login = entries.get(like) or self.read(owner).get(like) or _Entry(
-                    entry.used, 0, 0, '')
-            for key in [key for key in entries if entries[key].expires + _MONTH < entry.used]:
-                del entries[key]
-            entries[name] = _Entry(login.created, entry.used, max(
-                entry.expires, entries.get(name, entry).expires), login.note)
+        for entries in self._lists(owner, 1, durable):
+            old = {} if 'note' in entry else entries.get(like) or self.read(owner).get(like, {})
+            ends = max(entry['expires'], entries.get(name, entry)['expires'])
+            entries[name] = {'created': entry['used'], 'note': '', **old, **entry, 'expires': ends}
 
     def leave(self, owner: str | None, name: str, before: float = 0, expires: float = 0) -> None:
         """ Have the lists of its owner, if it has one, forget a session that ended; or have
             it end at `expires` there, unless somebody else changed that since `before`. """
         try:
-            for id in self._seal.list_ids(owner) if owner else ():
-                for entries in self._changing(id):
-                    if not expires:
-                        entries.pop(name, None)
-                    elif name in entries and entries[name].expires == before:
-                        entries[name] = entries[name]._replace(expires=expires)
+            for entries in self._lists(owner) if owner else ():
+                if not expires:
+                    entries.pop(name, None)
+                elif name in entries and entries[name]['expires'] == before:
+                    entries[name] = {**entries[name], 'expires': expires}
         except _Unavailable as error:
             _log.warning('session %s is listed for longer than it lives: %s', _public(name), error)
 
@@ -1402,90 +1396,85 @@ class _Owners:
         """ End the sessions with these names; return how many lived. One that gets a new id
             meanwhile is listed with it before, so the log-ins of the beginning are looked for
             until none is left. """
-        entries, ended = self.read(owner), 0
-        logins = {entry.created for entry in entries.values()}
-        while going := [name for name, entry in entries.items()
-                        if entry.created in logins and wanted(name)]:
-            ended += sum(self._end(name) and entries[name].expires > now for name in going)
-            for id in self._seal.list_ids(owner):
-                for entries in self._changing(id):
-                    for name in going:
-                        entries.pop(name, None)
-            entries = self.read(owner)
+        found, ended = self.read(owner), 0
+        logins = {entry['created'] for entry in found.values()}
+        while going := [name for name, entry in found.items()
+                        if entry['created'] in logins and wanted(name)]:
+            ended += sum(self._end(name) and found[name]['expires'] > now for name in going)
+            for entries in self._lists(owner):
+                for name in going:
+                    entries.pop(name, None)
+            found = self.read(owner)
         return ended
 
     def trim(self, owner: str, newest: str, most: int, now: float) -> None:
-        """ End the sessions that were not used for longest, but for `most`. Log-ins at the
-            same time must choose alike, and none ends itself. """
+        """ End what has expired, and the sessions that were not used for longest, but for
+            `most`. None ends one that logged in after it: of several at once one must stay. """
         entries = self.read(owner)
-        if len(entries) <= most or newest not in entries:  # it was ended meanwhile
-            return
-        latest = max(entry.used for entry in entries.values())
-        if latest > entries[newest].used + _MOVED_SECONDS:  # this process' clock is behind
-            entries[newest] = entries[newest]._replace(used=latest)
-        living = self.living(entries, now)
-        ranked = sorted(living, key=lambda name: (living[name].used, name))
-        old = {name for name in entries if entries[name].used + _BLOCKED_SECONDS < now}
-        over = old.difference(living).union(ranked[:-most]) - {newest}
-        self.revoke(owner, over.__contains__, now)
+        over = {name for name, entry in entries.items() if entry['expires'] + _DAY <= now}
+        if len(entries) - len(over) > most and newest in entries:  # else it was ended meanwhile
+            while entries.popitem()[0] != newest:
+                pass
+            before = self.living(entries, now)
+            latest = sorted(before, key=lambda name: before[name]['used'], reverse=True)
+            over.update(latest[most - 1:])
+        if over:
+            self.revoke(owner, over.__contains__, now)
 
     def _end(self, name: str) -> bool:
         """ End a session, and tell whether there was one; where there is none yet, see that
             there never is. """
         store = self._store
+        # Nobody has the id of this mark: its name must not help to guess a secret.
+        mark = self._seal.seal(_BLOCKED, _new_id(), _NO_HEAD)
         for _ in range(100):
             record = store.load(name)
-            if record is None:
-                # Nobody has the id of this record: its name must not help to guess a secret.
-                mark = self._seal.seal(_BLOCKED, _new_id(), _NO_HEAD)
-                if store.create(name, mark, store.clock() + _BLOCKED_SECONDS):
-                    return False
-                continue
-            if _kind_of(record) not in (_SESSION, b''):
+            if record is None and store.create(name, mark, store.clock() + _BLOCKED_SECONDS):
+                return False
+            if record and _kind_of(record) != _SESSION:
                 return False
             try:
-                removed = store.remove(name, record[:_VERSION] or None)
+                removed = record is not None and store.remove(name, record[:_VERSION] or None)
             except SessionBusy:  # in a `with` block, for which log-out does not wait
                 removed = store.remove(name)
             if removed:
                 return bool(record)
+            time.sleep(0.001)  # somebody is about to store or to end it
         raise StoreError()
 
-    def _load(self, id: str) -> tuple[Any, dict[str, _Entry]]:
-        """ Return the record of a list, and what is in it. """
-        record = self._store.load(self._seal.name(id))
-        if record is None:
-            return None, {}
-        try:
-            payload = self._seal.open(id, record)[2]
-        except _Unreadable as error:
-            _log.warning('a list of log-ins %s; it is treated as empty', error)
-            return record, {}
-        return record, {name: _Entry(*entry) for name, entry in json.loads(payload).items()}
-
-    def _changing(self, id: str, durable: bool = False) -> Iterator[dict[str, _Entry]]:
-        """ Yield what is in a list, again until what the loop makes of it is stored. """
-        store, name = self._store, self._seal.name(id)
-        for _ in range(1000):  # as long as others change it, too
-            record, entries = self._load(id)
-            before = entries.copy()
-            yield entries
-            if entries == before:
-                return
-            new = self._seal.seal(_LOGINS, id, _NO_HEAD, json.dumps(entries).encode('ascii'))
-            expires = max((entry.expires for entry in entries.values()), default=0.0)
-            if record == b'':  # damaged
-                store.remove(name)
-            if not record:
-                done = store.create(name, new, expires, durable)
-            elif entries:
-                done = new == _retry_busy(1.0, '', store.replace, name, record[:_VERSION], new,
-                                          expires, None, durable)
+    def _lists(self, owner: str, secrets: int | None = None,
+               durable: bool = False) -> Iterator[_Entries]:
+        """ Yield the lists under so many secrets. What a loop makes of one is stored; where
+            somebody else was faster, the list comes again. """
+        ids = self._seal.list_ids(owner)[:secrets]
+        for id in ids[:0:-1] + ids:  # and back: a session may move between two, either way
+            for _ in range(1000):
+                record, entries = self._store.load(self._seal.name(id)), {}
+                try:
+                    if record is not None:
+                        entries = json.loads(self._seal.open(id, record)[2])
+                except _Unreadable as error:
+                    _log.warning('a list of log-ins %s; it is treated as empty', error)
+                before = entries.copy()
+                yield entries
+                if entries == before or self._replace(id, record, entries, durable):
+                    break
             else:
-                done = _retry_busy(1.0, '', store.remove, name, record[:_VERSION])
-            if done:
-                return
-        raise StoreError()
+                raise StoreError()
+
+    def _replace(self, id: str, record: Any, entries: _Entries, durable: bool) -> bool:
+        """ Store a list in place of this record; tell whether that was still there. """
+        store, name, version = self._store, self._seal.name(id), record and record[:_VERSION]
+        if not entries:
+            return bool(_retry_busy(1.0, '', store.remove, name, version))
+        new = self._seal.seal(_LOGINS, id, _NO_HEAD, json.dumps(entries).encode('ascii'))
+        expires = max(entry['expires'] for entry in entries.values())
+        if record:
+            return bool(new == _retry_busy(1.0, '', store.replace, name, version, new, expires,
+                                           None, durable))
+        if record is not None:  # damaged
+            store.remove(name)
+        return store.create(name, new, expires, durable)
 
 
 #: Who waits for the lock of a session in this process, in order of arrival.
@@ -1736,8 +1725,8 @@ class _Visit:
             expires = session._expires(head)
         listed = head.owner and (renewed or self.older)
         if listed:  # as ending no sooner than either version
-            session._owners.enter(head.owner, name, _Entry(
-                None, head.used, max(expires, self.expires), None), name, False)
+            session._owners.enter(head.owner, name, name, False, used=head.used,
+                                  expires=max(expires, self.expires))
         record = session._seal.seal(_SESSION, self.id or '', head, payload)
         stored = _retry_busy(seconds, '', session.store.replace, name, self.record[:_VERSION],
                              record, expires, self.held and self._own_lock())
@@ -1825,19 +1814,19 @@ class _Visit:
 
     # New ids, and the end
 
-    def _create(self, payload: Any, head: _Head, entry: _Entry | None) -> tuple[Any, ...]:
+    def _create(self, payload: Any, head: _Head, login: Any) -> tuple[Any, ...]:
         """ Store the data under a new id, durably if somebody logs in or the old id is to
-            end (`entry`); return what `_switch_to` takes. """
+            end (`login` is not None); return what `_switch_to` takes. """
         if self.request.sent:
             raise SessionError('Headers sent: a new session or id cannot be told to the browser '
                                'any more. Save before the first chunk is yielded.')
-        session, expires, durable = self.session, self.session._expires(head), bool(entry)
+        session, expires, durable = self.session, self.session._expires(head), login is not None
         while True:
             id = _new_id()
             name = session._seal.name(id)
-            if head.owner and entry:
-                session._owners.enter(head.owner, name, entry._replace(
-                    used=head.used, expires=expires), self.name, durable)
+            if head.owner:
+                session._owners.enter(head.owner, name, self.name, durable, used=head.used,
+                                      expires=expires, **login)
             record = session._seal.seal(_SESSION, id, head, payload)
             if session.store.create(name, record, expires, durable):
                 return id, name, record, head, payload, expires
@@ -1855,8 +1844,8 @@ class _Visit:
         if self.request.is_crashing():
             self.roll_back()
         data = self.load()
-        entry = _Entry(self.session.clock() if owner else None, 0.0, 0.0, note)
-        if self.id and self._move(owner or self.head.owner, entry):
+        login = {'created': self.session.clock(), 'note': note} if owner else {}
+        if self.id and self._move(owner or self.head.owner, login):
             return
         if self.ended and not self.moved:
             if not owner:
@@ -1864,9 +1853,9 @@ class _Visit:
             data.clear()  # a log-in begins anew, without what somebody logged out of
         if data or owner:
             payload = self.dumps(self.changes())
-            self._switch_to(*self._create(payload, self._next_head(owner), entry))
+            self._switch_to(*self._create(payload, self._next_head(owner), login))
 
-    def _move(self, owner: str | None, entry: _Entry) -> bool:
+    def _move(self, owner: str | None, login: dict[str, Any]) -> bool:
         """ Store the session under a new id and end the old one; False if it is gone. """
         session, name, owner_before = self.session, self.name, self.head.owner
         try:
@@ -1874,7 +1863,7 @@ class _Visit:
             while lives:
                 now = session.clock()
                 mark = session._seal.seal(_MOVED, self.id or '', _NO_HEAD._replace(used=now))
-                new = self._create(self.dumps(self.changes()), self._next_head(owner), entry)
+                new = self._create(self.dumps(self.changes()), self._next_head(owner), login)
                 try:
                     stored = _retry_busy(
                         session.lock_timeout, '', session.store.replace, name,
@@ -2291,8 +2280,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         _require(isinstance(note, str), 'note must be a str, not %s', _kind(note), TypeError)
         visit.regenerate(owner, note[:500])
         try:
-            if self._max_logins:
-                self._owners.trim(owner, visit.name, self._max_logins, self.clock())
+            self._owners.trim(owner, visit.name, self._max_logins or sys.maxsize, self.clock())
         except _Unavailable as error:
             _log.warning('the surplus log-ins of an owner were not ended: %s', error)
 
@@ -2307,10 +2295,13 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             tuples (id, created, used, note, here), most recently used first. `created`
             is when that `login` was, `used` as last recorded, `here` this request's.
             With `owner` it works outside of requests, too. """
-        here = self._name_here(owner)
-        owner = self.owner if owner is None else owner
+        if owner is None:
+            owner = self.owner
+        else:
+            _check_owner(owner)
+        here = _current.get().environ and self._loaded().name
         entries = self._owners.read(owner) if owner else {}
-        found = [Login(_public(name), _utc(entry.created), _utc(entry.used), entry.note,
+        found = [Login(_public(name), _utc(entry['created']), _utc(entry['used']), entry['note'],
                        name == here)
                  for name, entry in self._owners.living(entries, self.clock()).items()]
         return sorted(found, key=lambda login: (login.used, login.created), reverse=True)
@@ -2326,9 +2317,9 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         def wanted(name: str) -> bool:
             return id is _MISSING or id == _public(name)
 
-        here = self._name_here(owner)
+        own = _current.get().environ and self.owner == owner and wanted(self._visit().name)
         ended = self._owners.revoke(owner, wanted, self.clock())
-        if here and wanted(here):
+        if own:
             self.purge()
         return ended
 
@@ -2336,14 +2327,6 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         """ End all sessions of this visitor's owner but this request's; return how many. """
         owner, here = self.owner, self._visit().name
         return self._owners.revoke(owner, lambda name: name != here, self.clock()) if owner else 0
-
-    def _name_here(self, owner: str | None) -> str:
-        """ Return the name of this request's session if it is this owner's, or ''. """
-        if owner is not None:
-            _check_owner(owner)
-            if not _current.get().environ:
-                return ''
-        return self._visit().name if owner in (None, self.owner) else ''
 
     # The mapping. What is inherited and not overridden is right, and takes more time.
 
