@@ -1344,19 +1344,18 @@ Login = namedtuple('Login', 'id created used note here')
 
 
 class _Owners:
-    """ The lists of who is logged in where: {name of a session in the store: entry}. Of an
-        entry, `created`, `used` and `expires` are seconds since the epoch, `note` is a text.
+    """ The lists of who is logged in where: a session's name in the store -> an entry with
+        `note`, and `created`, `used` and `expires` in seconds since the epoch.
 
-        A list is one record, changed by compare-and-set alone. A session is listed
-        before it is stored: where a process dies in between, a name without a session
-        is left, which is harmless.
+        A list is one record, changed by compare-and-set alone. A session is listed before it
+        is stored: where a process dies in between, a name without a session does no harm.
     """
 
     def __init__(self, store: Store, seal: _Seal) -> None:
         self._store, self._seal = store, seal
 
-    def read(self, owner: str) -> _Entries:
-        """ Return what the lists under all secrets say, the log-ins in their order. """
+    def read(self, owner: str | None) -> _Entries:
+        """ Return what the lists under all secrets say, in the order of the log-ins. """
         merged: _Entries = {}
         for entries in self._lists(owner):
             for name, entry in entries.items():
@@ -1369,22 +1368,19 @@ class _Owners:
                 if entry['expires'] > now and _kind_of(self._store.load(name)) == _SESSION}
 
     def enter(self, owner: str, name: str, like: str, durable: bool, **entry: Any) -> None:
-        """ List a session under the newest secret, before it is stored. What an older list
-            says of it stays there: a process that has the secrets in another order may be
-            writing to that.
-
-            :param like: the name whose log-in it goes on with, if `entry` tells of none.
-        """
+        """ List a session under the newest secret, before it is stored. If `entry` is of no
+            log-in, it goes on with that of the name `like`. What an older list says stays: a
+            process with the secrets in another order may be writing to that. """
         for entries in self._lists(owner, 1, durable):
             old = {} if 'note' in entry else entries.get(like) or self.read(owner).get(like, {})
             ends = max(entry['expires'], entries.get(name, entry)['expires'])
             entries[name] = {'created': entry['used'], 'note': '', **old, **entry, 'expires': ends}
 
     def leave(self, owner: str | None, name: str, before: float = 0, expires: float = 0) -> None:
-        """ Have the lists of its owner, if it has one, forget a session that ended; or have
-            it end at `expires` there, unless somebody else changed that since `before`. """
+        """ Have the lists of its owner, if it has one, forget a session that ended; or let it
+            end at `expires` there, unless somebody else changed that from `before`. """
         try:
-            for entries in self._lists(owner) if owner else ():
+            for entries in self._lists(owner):
                 if not expires:
                     entries.pop(name, None)
                 elif name in entries and entries[name]['expires'] == before:
@@ -1392,7 +1388,7 @@ class _Owners:
         except _Unavailable as error:
             _log.warning('session %s is listed for longer than it lives: %s', _public(name), error)
 
-    def revoke(self, owner: str, wanted: Callable[[str], bool], now: float) -> int:
+    def revoke(self, owner: str | None, wanted: Callable[[str], bool], now: float) -> int:
         """ End the sessions with these names; return how many lived. One that gets a new id
             meanwhile is listed with it before, so the log-ins of the beginning are looked for
             until none is left. """
@@ -1408,22 +1404,23 @@ class _Owners:
         return ended
 
     def trim(self, owner: str, newest: str, most: int, now: float) -> None:
-        """ End what has expired, and the sessions that were not used for longest, but for
-            `most`. None ends one that logged in after it: of several at once one must stay. """
+        """ End what expired a day ago, as clocks differ, and those sessions that were not used
+            for longest, but for `most`. Of several log-ins at once each ends only what was
+            listed before it, so that one stays. """
         entries = self.read(owner)
         over = {name for name, entry in entries.items() if entry['expires'] + _DAY <= now}
         if len(entries) - len(over) > most and newest in entries:  # else it was ended meanwhile
             while entries.popitem()[0] != newest:
                 pass
-            before = self.living(entries, now)
-            latest = sorted(before, key=lambda name: before[name]['used'], reverse=True)
+            others = self.living(entries, now)
+            latest = sorted(others, key=lambda name: others[name]['used'], reverse=True)
             over.update(latest[most - 1:])
         if over:
             self.revoke(owner, over.__contains__, now)
 
     def _end(self, name: str) -> bool:
-        """ End a session, and tell whether there was one; where there is none yet, see that
-            there never is. """
+        """ End a session, and tell whether there was one; if there is none yet, there never
+            will be. """
         store = self._store
         # Nobody has the id of this mark: its name must not help to guess a secret.
         mark = self._seal.seal(_BLOCKED, _new_id(), _NO_HEAD)
@@ -1442,11 +1439,11 @@ class _Owners:
             time.sleep(0.001)  # somebody is about to store or to end it
         raise StoreError()
 
-    def _lists(self, owner: str, secrets: int | None = None,
+    def _lists(self, owner: str | None, secrets: int | None = None,
                durable: bool = False) -> Iterator[_Entries]:
-        """ Yield the lists under so many secrets. What a loop makes of one is stored; where
-            somebody else was faster, the list comes again. """
-        ids = self._seal.list_ids(owner)[:secrets]
+        """ Yield an owner's lists under so many secrets. What a loop makes of one is stored;
+            where somebody else was faster, the list comes again. """
+        ids = self._seal.list_ids(owner)[:secrets] if owner else []
         for id in ids[:0:-1] + ids:  # and back: a session may move between two, either way
             for _ in range(1000):
                 record, entries = self._store.load(self._seal.name(id)), {}
@@ -1470,8 +1467,8 @@ class _Owners:
         new = self._seal.seal(_LOGINS, id, _NO_HEAD, json.dumps(entries).encode('ascii'))
         expires = max(entry['expires'] for entry in entries.values())
         if record:
-            return bool(new == _retry_busy(1.0, '', store.replace, name, version, new, expires,
-                                           None, durable))
+            return bool(new == _retry_busy(
+                1.0, '', store.replace, name, version, new, expires, None, durable))
         if record is not None:  # damaged
             store.remove(name)
         return store.create(name, new, expires, durable)
@@ -2295,15 +2292,12 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             tuples (id, created, used, note, here), most recently used first. `created`
             is when that `login` was, `used` as last recorded, `here` this request's.
             With `owner` it works outside of requests, too. """
-        if owner is None:
-            owner = self.owner
-        else:
-            _check_owner(owner)
+        owner = self.owner if owner is None else _check_owner(owner)
         here = _current.get().environ and self._loaded().name
-        entries = self._owners.read(owner) if owner else {}
+        entries = self._owners.living(self._owners.read(owner), self.clock())
         found = [Login(_public(name), _utc(entry['created']), _utc(entry['used']), entry['note'],
                        name == here)
-                 for name, entry in self._owners.living(entries, self.clock()).items()]
+                 for name, entry in entries.items()]
         return sorted(found, key=lambda login: (login.used, login.created), reverse=True)
 
     def revoke(self, owner: str, id: Any = _MISSING) -> int:
@@ -2326,7 +2320,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def revoke_others(self) -> int:
         """ End all sessions of this visitor's owner but this request's; return how many. """
         owner, here = self.owner, self._visit().name
-        return self._owners.revoke(owner, lambda name: name != here, self.clock()) if owner else 0
+        return self._owners.revoke(owner, lambda name: name != here, self.clock())
 
     # The mapping. What is inherited and not overridden is right, and takes more time.
 
@@ -2470,10 +2464,11 @@ def _check_days(argument: str, days: float) -> float:
     return days
 
 
-def _check_owner(owner: str) -> None:
+def _check_owner(owner: str) -> str:
     _require(isinstance(owner, str), 'owner must be a str, not %s: use the stable name of the '
              'user, such as str(user.id)', _kind(owner), TypeError)
     _require(owner, 'owner is empty%s: use the stable name of the user', '')
+    return owner
 
 
 def _check_serializer(serializer: Any) -> None:
