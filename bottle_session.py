@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn, Union
     Secret = Union[str, bytes]
     Progress = Union[Callable[[float], object], None]
+    _Entries = dict[str, dict[str, Any]]
 
 __all__ = ['FileStore', 'Login', 'MemoryStore', 'RedisStore', 'Session', 'SessionBusy',
            'SessionError', 'Store', 'StoreError', 'check_store']
@@ -1257,171 +1258,137 @@ _BLOCKED_SECONDS = 3600.0  # after which a log-in that began has ended, or its p
 _NOTHING: dict[Any, Any] = {}  # never changed
 
 Login = namedtuple('Login', 'id created used note here')
-#: What a list says of a session; times in seconds since the epoch.
-_Entry = namedtuple('_Entry', 'created used expires note')
 
 
 class _Owners:
-    """ The lists of who is logged in where, by the names of sessions in the store.
+    """ The lists of who is logged in where: a session's name in the store -> an entry with
+        `note`, and `created`, `used` and `expires` in seconds since the epoch.
 
-        A list is one record, changed by compare-and-set alone. A session is listed
-        before it is stored: where a process dies in between, a name without a session
-        is left, which is harmless.
+        A list is one record, changed by compare-and-set alone. A session is listed before it
+        is stored: where a process dies in between, a name without a session does no harm.
     """
 
     def __init__(self, store: Store, seal: _Seal) -> None:
         self._store, self._seal = store, seal
 
-    def read(self, owner: str) -> dict[str, _Entry]:
-        """ Return what the lists under all secrets say: name -> entry. """
-        entries: dict[str, _Entry] = {}
-        for id in reversed(self._seal.list_ids(owner)):
-            for name, entry in self._load(id)[1].items():
-                if name not in entries or entry.used >= entries[name].used:
-                    entries[name] = entry
-        return entries
+    def read(self, owner: str | None) -> _Entries:
+        """ Return what the lists under all secrets say, in the order of the log-ins. """
+        merged: _Entries = {}
+        for entries in self._lists(owner):
+            for name, entry in entries.items():
+                merged[name] = max(entry, merged.get(name, entry), key=lambda one: one['used'])
+        return merged
 
-    def enter(self, owner: str, name: str, entry: _Entry, like: str, durable: bool) -> None:
-        """ List a session under the newest secret, before it is stored. What an older list
-            says of it stays there: a process that has the secrets in another order may be
-            writing to that.
+    def living(self, entries: _Entries, now: float) -> _Entries:
+        """ Return those of the entries that have a session. """
+        return {name: entry for name, entry in entries.items()
+                if entry['expires'] > now and _kind_of(self._store.load(name)) == _SESSION}
 
-            :param like: the name whose entry it takes over, as far as `entry` has None.
-        """
-        newest, *older = self._seal.list_ids(owner)
-        known = {key: value for id in older for key, value in self._load(id)[1].items()}
+    def enter(self, owner: str, name: str, like: str, durable: bool, **entry: Any) -> None:
+        """ List a session under the newest secret, before it is stored. If `entry` is of no
+            log-in, it goes on with that of the name `like`. What an older list says stays: a
+            process with the secrets in another order may be writing to that. """
+        for entries in self._lists(owner, 1, durable):
+            old = {} if 'note' in entry else entries.get(like) or self.read(owner).get(like, {})
+            ends = max(entry['expires'], entries.get(name, entry)['expires'])
+            entries[name] = {'created': entry['used'], 'note': '', **old, **entry, 'expires': ends}
 
-        def change(entries: dict[str, _Entry]) -> bool:
-            old = entries.get(like) or known.get(like) or _Entry(entry.used, 0, 0, '')
-            for key in [key for key in entries if entries[key].expires + _MONTH < entry.used]:
-                del entries[key]
-            entries[name] = entry._replace(
-                created=old.created if entry.created is None else entry.created,
-                note=old.note if entry.note is None else entry.note,
-                expires=max(entry.expires, entries[name].expires if name in entries else 0))
-            return True
-
-        self._change(newest, change, durable)
-
-    def shorten(self, owner: str, name: str, before: float, expires: float) -> None:
-        """ Let an entry end sooner, unless somebody else changed when it does. """
-        def change(entries: dict[str, _Entry]) -> bool:
-            if name not in entries or entries[name].expires != before:
-                return False
-            entries[name] = entries[name]._replace(expires=expires)
-            return True
-
+    def leave(self, owner: str | None, name: str, before: float = 0, expires: float = 0) -> None:
+        """ Have the lists of its owner, if it has one, forget a session that ended; or let it
+            end at `expires` there, unless somebody else changed that from `before`. """
         try:
-            self._change(self._seal.list_ids(owner)[0], change, False)
+            for entries in self._lists(owner):
+                if not expires:
+                    entries.pop(name, None)
+                elif name in entries and entries[name]['expires'] == before:
+                    entries[name] = {**entries[name], 'expires': expires}
         except _Unavailable as error:
             _log.warning('session %s is listed for longer than it lives: %s', _public(name), error)
 
-    def leave(self, owner: str | None, name: str) -> None:
-        """ Take a session that ended out of its owner's lists, if it has one. """
-        try:
-            if owner:
-                self._leave(owner, {name}, False)
-        except _Unavailable as error:
-            _log.warning('session %s ended, and is listed until it expires: %s',
-                         _public(name), error)
-
-    def _leave(self, owner: str, names: set[str], durable: bool) -> None:
-        def change(entries: dict[str, _Entry]) -> bool:
-            return bool([entries.pop(name) for name in names.intersection(entries)])
-
-        for id in self._seal.list_ids(owner):
-            self._change(id, change, durable)
-
-    def revoke(self, owner: str, wanted: Callable[[str], bool], now: float) -> int:
+    def revoke(self, owner: str | None, wanted: Callable[[str], bool], now: float) -> int:
         """ End the sessions with these names; return how many lived. One that gets a new id
-            meanwhile is listed with it before, so it is looked for again, by the time of
-            its log-in. Other log-ins that come meanwhile came afterwards. """
-        ended = 0
-        done: set[str] = set()
-        moved: set[float] | None = None
-        while moved is None or moved:
-            going = {name: entry for name, entry in self.read(owner).items()
-                     if name not in done and wanted(name)
-                     and (moved is None or entry.created in moved)}
-            kinds = {name: self._end(name) for name in going}
-            ended += sum(kinds[name] == _SESSION and going[name].expires > now for name in going)
-            moved = {going[name].created for name, kind in kinds.items() if kind == _MOVED}
-            done.update(going)
-        self._leave(owner, done, True)
+            meanwhile is listed with it before, so the log-ins of the beginning are looked for
+            until none is left. """
+        found, ended = self.read(owner), 0
+        logins = {entry['created'] for entry in found.values()}
+        while going := [name for name, entry in found.items()
+                        if entry['created'] in logins and wanted(name)]:
+            ended += sum(self._end(name) and found[name]['expires'] > now for name in going)
+            for entries in self._lists(owner):
+                for name in going:
+                    entries.pop(name, None)
+            found = self.read(owner)
         return ended
 
     def trim(self, owner: str, newest: str, most: int, now: float) -> None:
-        """ End the sessions that were not used for longest, but for `most`. Log-ins at the
-            same time must choose alike, and none ends itself. """
+        """ End what expired a day ago, as clocks differ, and those sessions that were not used
+            for longest, but for `most`. Of several log-ins at once each ends only what was
+            listed before it, so that one stays. """
         entries = self.read(owner)
-        if len(entries) > most and newest in entries:  # else it was ended meanwhile
-            latest = max(entry.used for entry in entries.values())
-            if latest > entries[newest].used + _MOVED_SECONDS:  # this process' clock is behind
-                entries[newest] = entries[newest]._replace(used=latest)
-            names = sorted(entries, key=lambda name: (entries[name].used, name))
-            living = [name for name in names if entries[name].expires > now and self.lives(name)]
-            old = {name for name in names if entries[name].used + _BLOCKED_SECONDS < now}
-            over = old.difference(living).union(living[:-most])
-            over.discard(newest)
+        over = {name for name, entry in entries.items() if entry['expires'] + _DAY <= now}
+        if len(entries) - len(over) > most and newest in entries:  # else it was ended meanwhile
+            while entries.popitem()[0] != newest:
+                pass
+            others = self.living(entries, now)
+            latest = sorted(others, key=lambda name: others[name]['used'], reverse=True)
+            over.update(latest[most - 1:])
+        if over:
             self.revoke(owner, over.__contains__, now)
 
-    def lives(self, name: str) -> bool:
-        """ Tell whether there is a session of this name. """
-        return _kind_of(self._store.load(name)) == _SESSION
-
-    def _end(self, name: str) -> bytes:
-        """ End a session, and return the kind of record that was there; where there is
-            none yet, see that there never is. """
+    def _end(self, name: str) -> bool:
+        """ End a session, and tell whether there was one; if there is none yet, there never
+            will be. """
         store = self._store
+        # Nobody has the id of this mark: its name must not help to guess a secret.
+        mark = self._seal.seal(_BLOCKED, _new_id(), _NO_HEAD)
         for _ in range(100):
             record = store.load(name)
+            if record is None and store.create(name, mark, store.clock() + _BLOCKED_SECONDS):
+                return False
             if record and _kind_of(record) != _SESSION:
-                return _kind_of(record)
+                return False
             try:
                 removed = record is not None and store.remove(name, record[:_VERSION] or None)
             except SessionBusy:  # in a `with` block, for which log-out does not wait
                 removed = store.remove(name)
-            if removed and record:
-                return _SESSION
-            # Nobody has the id of this record: its name must not help to guess a secret.
-            if not record and store.create(name, self._seal.seal(_BLOCKED, _new_id(), _NO_HEAD),
-                                           store.clock() + _BLOCKED_SECONDS):
-                break
-        return b''  # nothing is there, and nothing can be put there
-
-    def _load(self, id: str) -> tuple[Any, dict[str, _Entry]]:
-        """ Return the record of a list, and what is in it. """
-        record = self._store.load(self._seal.name(id))
-        if record is None:
-            return None, {}
-        try:
-            payload = self._seal.open(id, record)[2]
-        except _Unreadable as error:
-            _log.warning('a list of log-ins %s; it is treated as empty', error)
-            return record, {}
-        return record, {name: _Entry(*entry) for name, entry in json.loads(payload).items()}
-
-    def _change(self, id: str, change: Callable[[dict[str, _Entry]], bool], durable: bool) -> None:
-        """ Apply `change` to a list; it says whether there is something to store. """
-        store, seal, name = self._store, self._seal, self._seal.name(id)
-        for _ in range(1000):  # as long as others change it, too
-            record, entries = self._load(id)
-            if not change(entries):
-                return
-            new = seal.seal(_LOGINS, id, _NO_HEAD, json.dumps(entries).encode('ascii'))
-            expires = max((entry.expires for entry in entries.values()), default=0.0)
-            if record is not None and not record:  # damaged
-                store.remove(name)
-            if not record:
-                done = not entries or store.create(name, new, expires, durable)
-            elif not entries:
-                done = _retry_busy(1.0, '', store.remove, name, record[:_VERSION])
-            else:
-                done = new == _retry_busy(1.0, '', store.replace, name, record[:_VERSION], new,
-                                          expires, None, durable)
-            if done:
-                return
+            if removed:
+                return bool(record)
+            time.sleep(0.001)  # somebody is about to store or to end it
         raise StoreError()
+
+    def _lists(self, owner: str | None, secrets: int | None = None,
+               durable: bool = False) -> Iterator[_Entries]:
+        """ Yield an owner's lists under so many secrets. What a loop makes of one is stored;
+            where somebody else was faster, the list comes again. """
+        ids = self._seal.list_ids(owner)[:secrets] if owner else []
+        for id in ids[:0:-1] + ids:  # and back: a session may move between two, either way
+            for _ in range(1000):
+                record, entries = self._store.load(self._seal.name(id)), {}
+                try:
+                    if record is not None:
+                        entries = json.loads(self._seal.open(id, record)[2])
+                except _Unreadable as error:
+                    _log.warning('a list of log-ins %s; it is treated as empty', error)
+                before = entries.copy()
+                yield entries
+                if entries == before or self._replace(id, record, entries, durable):
+                    break
+            else:
+                raise StoreError()
+
+    def _replace(self, id: str, record: Any, entries: _Entries, durable: bool) -> bool:
+        """ Store a list in place of this record; tell whether that was still there. """
+        store, name, version = self._store, self._seal.name(id), record and record[:_VERSION]
+        if not entries:
+            return bool(_retry_busy(1.0, '', store.remove, name, version))
+        new = self._seal.seal(_LOGINS, id, _NO_HEAD, json.dumps(entries).encode('ascii'))
+        expires = max(entry['expires'] for entry in entries.values())
+        if record:
+            return bool(new == _retry_busy(
+                1.0, '', store.replace, name, version, new, expires, None, durable))
+        if record is not None:  # damaged
+            store.remove(name)
+        return store.create(name, new, expires, durable)
 
 
 #: Who waits for the lock of a session in this process, in order of arrival.
@@ -1447,16 +1414,14 @@ def _retry_busy(seconds: float | None, name: str, attempt: Callable[..., Any], *
     queue = _queues.setdefault(name, []) if name else []
     queue.append(me)
     try:
-        while True:
-            left = end - time.monotonic()
-            if left <= 0:
-                _log.warning('%s: another request holds this session for more than %s seconds',
-                             _current.get().rule(), seconds)
-                raise SessionBusy()
+        while (left := end - time.monotonic()) > 0:
             time.sleep(min(left, 0.0005 * min(20, 1 + queue.index(me)) * random.uniform(0.8, 1.2)))
             if queue[0] is me:
                 with suppress(SessionBusy):
                     return attempt(*args)
+        _log.warning('%s: another request holds this session for more than %s seconds',
+                     _current.get().rule(), seconds)
+        raise SessionBusy()
     finally:
         queue.remove(me)
         if not queue:
@@ -1662,8 +1627,8 @@ class _Visit:
             expires = session._expires(head)
         listed = head.owner and (renewed or self.older)
         if listed:  # as ending no sooner than either version
-            session._owners.enter(head.owner, name, _Entry(
-                None, head.used, max(expires, self.expires), None), name, False)
+            session._owners.enter(head.owner, name, name, False, used=head.used,
+                                  expires=max(expires, self.expires))
         record = session._seal.seal(_SESSION, self.id or '', head, payload)
         stored = _retry_busy(seconds, '', session.store.replace, name, self.record[:_VERSION],
                              record, expires, self.held and self._own_lock())
@@ -1675,7 +1640,7 @@ class _Visit:
         if renewed:
             before, self.head, self.expires = self.expires, head, expires
             if listed and expires < before:
-                session._owners.shorten(head.owner, name, before, expires)
+                session._owners.leave(head.owner, name, before, expires)
             if not self.request.sent:
                 self._set_cookie()
         return record
@@ -1752,19 +1717,19 @@ class _Visit:
 
     # New ids, and the end
 
-    def _create(self, payload: Any, head: _Head, entry: _Entry | None) -> tuple[Any, ...]:
+    def _create(self, payload: Any, head: _Head, login: Any) -> tuple[Any, ...]:
         """ Store the data under a new id, durably if somebody logs in or the old id is to
-            end (`entry`); return what `_switch_to` takes. """
+            end (`login` is not None); return what `_switch_to` takes. """
         if self.request.sent:
             raise SessionError('Headers sent: a new session or id cannot be told to the browser '
                                'any more. Save before the first chunk is yielded.')
-        session, expires, durable = self.session, self.session._expires(head), bool(entry)
+        session, expires, durable = self.session, self.session._expires(head), login is not None
         while True:
             id = _new_id()
             name = session._seal.name(id)
-            if head.owner and entry:
-                session._owners.enter(head.owner, name, entry._replace(
-                    used=head.used, expires=expires), self.name, durable)
+            if head.owner:
+                session._owners.enter(head.owner, name, self.name, durable, used=head.used,
+                                      expires=expires, **login)
             record = session._seal.seal(_SESSION, id, head, payload)
             if session.store.create(name, record, expires, durable):
                 return id, name, record, head, payload, expires
@@ -1782,8 +1747,8 @@ class _Visit:
         if self.request.is_crashing():
             self.roll_back()
         data = self.load()
-        entry = _Entry(self.session.clock() if owner else None, 0.0, 0.0, note)
-        if self.id and self._move(owner or self.head.owner, entry):
+        login = {'created': self.session.clock(), 'note': note} if owner else {}
+        if self.id and self._move(owner or self.head.owner, login):
             return
         if self.ended and not self.moved:
             if not owner:
@@ -1791,9 +1756,9 @@ class _Visit:
             data.clear()  # a log-in begins anew, without what somebody logged out of
         if data or owner:
             payload = self.dumps()
-            self._switch_to(*self._create(payload, self._next_head(owner), entry))
+            self._switch_to(*self._create(payload, self._next_head(owner), login))
 
-    def _move(self, owner: str | None, entry: _Entry) -> bool:
+    def _move(self, owner: str | None, login: dict[str, Any]) -> bool:
         """ Store the session under a new id and end the old one; False if it is gone. """
         session, name, owner_before = self.session, self.name, self.head.owner
         try:
@@ -1801,7 +1766,7 @@ class _Visit:
             while lives:
                 now = session.clock()
                 mark = session._seal.seal(_MOVED, self.id or '', _NO_HEAD._replace(used=now))
-                new = self._create(self.dumps(), self._next_head(owner), entry)
+                new = self._create(self.dumps(), self._next_head(owner), login)
                 try:
                     stored = _retry_busy(
                         session.lock_timeout, '', session.store.replace, name,
@@ -2198,30 +2163,30 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         _check('note', note)
         visit.regenerate(owner, note[:500])
         try:
-            if self._max_logins:
-                self._owners.trim(owner, visit.name, self._max_logins, self.clock())
+            self._owners.trim(owner, visit.name, self._max_logins or sys.maxsize, self.clock())
         except _Unavailable as error:
             _log.warning('the surplus log-ins of an owner were not ended: %s', error)
 
     @property
     def owner(self) -> str | None:
         """ Who logged in with `login`, or None. """
-        visit = self._loaded()
-        return visit.head.owner if visit.id else None
+        owner: str | None = self._loaded().head.owner
+        return owner
 
     def logins(self, owner: str | None = None) -> list[Login]:
         """ Return the living sessions of this visitor's owner, or of another: named
             tuples (id, created, used, note, here), most recently used first. `created`
             is when that `login` was, `used` as last recorded, `here` this request's.
             With `owner` it works outside of requests, too. """
-        here = self._name_here(owner)
-        owner = self.owner if owner is None else owner
-        entries = self._owners.read(owner) if owner else {}
-        now = self.clock()
-        found = [Login(_public(name), _utc(entry.created), _utc(entry.used), entry.note,
+        if owner is None:
+            owner = self.owner
+        else:
+            _check('owner', owner)
+        here = _current.get().environ and self._loaded().name
+        entries = self._owners.living(self._owners.read(owner), self.clock())
+        found = [Login(_public(name), _utc(entry['created']), _utc(entry['used']), entry['note'],
                        name == here)
-                 for name, entry in entries.items()
-                 if entry.expires > now and self._owners.lives(name)]
+                 for name, entry in entries.items()]
         return sorted(found, key=lambda login: (login.used, login.created), reverse=True)
 
     def revoke(self, owner: str, id: Any = _MISSING) -> int:
@@ -2235,24 +2200,16 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         def wanted(name: str) -> bool:
             return id is _MISSING or id == _public(name)
 
-        here = self._name_here(owner)
+        own = _current.get().environ and self.owner == owner and wanted(self._visit().name)
         ended = self._owners.revoke(owner, wanted, self.clock())
-        if here and wanted(here):
+        if own:
             self.purge()
         return ended
 
     def revoke_others(self) -> int:
         """ End all sessions of this visitor's owner but this request's; return how many. """
         owner, here = self.owner, self._visit().name
-        return self._owners.revoke(owner, lambda name: name != here, self.clock()) if owner else 0
-
-    def _name_here(self, owner: str | None) -> str:
-        """ Return the name of this request's session if it is this owner's, or ''. """
-        if owner is not None:
-            _check('owner', owner)
-            if not _current.get().environ:
-                return ''
-        return self._visit().name if owner in (None, self.owner) else ''
+        return self._owners.revoke(owner, lambda name: name != here, self.clock())
 
     # The mapping. What is inherited and not overridden is right, and takes more time.
 

@@ -3,6 +3,8 @@
 
 import os
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -122,14 +124,18 @@ def test_a_busy_session_is_waited_for_once(place, caplog):
 
 
 @stores('file', 'own', 'redis')
-def test_a_session_that_moves_between_lists_is_never_missed(place):
-    one, two = place(secret=[SECRET, OTHER]), place(secret=[OTHER, SECRET], watched=True)
-    visitor = log_in(one)
+@pytest.mark.parametrize('nth', [1, 2, 3])
+@pytest.mark.parametrize('use', ['save', 'regenerate'])
+@pytest.mark.parametrize('mover', [0, 1])
+def test_a_session_that_moves_between_lists_is_never_missed(place, nth, use, mover):
+    two = [place(secret=[SECRET, OTHER]), place(secret=[OTHER, SECRET])]
+    visitor = log_in(two[1 - mover])
     first = place(secret=[SECRET, OTHER], watched=True)
-    # One process revokes; after it has read its first list, the other moves the session.
-    first.store.at('load', 2, lambda: elsewhere(visitor.tab(two).do, saves(two, a=1)))
+    moves = {'save': saves(two[mover], a=1), 'regenerate': two[mover].regenerate}[use]
+    # One process revokes; between two lists that it reads, the other one moves the session.
+    first.store.at('load', nth, lambda: elsewhere(visitor.tab(two[mover]).do, moves))
     assert first.revoke('joe') == 1
-    assert visitor.do(lambda: one.owner) is None
+    assert visitor.do(lambda: two[0].owner) is None and not place.records()
 
 
 @every_store
@@ -243,6 +249,21 @@ def test_a_list_never_ends_before_a_session_whose_days_two_requests_change(
     clock.tick((lives - 1) * DAY)
     assert visitor.do(lambda: session.owner) == 'joe'
     assert len(session.logins('joe')) == 1 == session.revoke('joe')
+
+
+@stores('memory', 'file')
+def test_log_ins_at_once_leave_as_many_as_may_be(place):
+    session, start = place(max_logins=2), threading.Barrier(8)
+
+    def code():
+        start.wait(30)
+        session.login('joe')
+
+    for _ in range(5):
+        with ThreadPoolExecutor(8) as pool:
+            for job in [pool.submit(Browser(session).do, code) for _ in range(8)]:
+                job.result()
+        assert len(place.records()) == len(session.logins('joe')) == 2
 
 
 @stores('memory', 'own')
