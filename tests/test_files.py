@@ -479,11 +479,11 @@ INTRUDERS = {
     'pickle': lambda path, content: write_file(path, pickle.dumps({'user': 'mallory'})),
     'sparse giant': lambda path, content: make_giant(path),
     'sparse giant that begins like ours': lambda path, content: make_giant(path, content),
-    # magic, checksum, number, end, offset and length of the record, the rest zeros
+    # magic, number, checksum, end, offset and length of the record, the rest zeros
     'sparse giant that says it is long': lambda path, content: make_giant(
-        path, content[:8] + struct.pack('>IQdII', 0, 9, 1e10, 4096, 3 << 30)),
+        path, content[:8] + struct.pack('>QIdII', 9, 0, 1e10, 4096, 3 << 30)),
     'sparse giant that says it is nearly too long': lambda path, content: make_giant(
-        path, content[:8] + struct.pack('>IQdII', 0, 9, 1e10, 4096, 60 << 20)),
+        path, content[:8] + struct.pack('>QIdII', 9, 0, 1e10, 4096, 60 << 20)),
 }
 
 
@@ -680,12 +680,11 @@ def test_system_calls_are_as_few_as_promised(steps):
     assert calls['untouched'] == []
     assert calls['unknown'] == ['open']
     assert calls['read'] == calls['same'] == ['open', 'read', 'close']
-    save = ['open+', 'flock', 'pread', 'pwrite', 'flock', 'close']
+    save = ['open+', 'flock', 'fstat', 'pread', 'pwrite', 'flock', 'close']
     assert calls['save'] == calls['read'] + save
     # It looks at its end whether the file is still there.
-    assert calls['with'] == save[:3] + ['fstat'] + save[3:]
-    # Nothing is to be read, but its mode may be that of the umask.
-    assert calls['first'] == save[:2] + ['fstat'] + save[3:]
+    assert calls['with'] == save[:4] + ['fstat'] + save[4:]
+    assert calls['first'] == save[:3] + save[4:]  # nothing is to be read
 
 
 def test_new_ids_log_outs_and_log_ins_are_durable_and_saves_are_quick(steps):
