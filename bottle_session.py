@@ -621,11 +621,10 @@ class MemoryStore(Store):
 #
 # Saves are numbered: odd ones write slot 1, even ones slot 2. A reader takes the
 # newest slot whose checksum is right, so it finds the old record or the new one,
-# whenever the process dies. No rename (ext4 takes 80 us for one) and no temporary
-# file. A record that does not fit into its slot goes behind the page, where the
-# current one is not; a small one returns to the page, and what neither slot needs
-# any more is cut off. A file without a whole record is none: whoever was making it
-# died, and create() may go on with it.
+# whenever the process dies. No rename (80 us on ext4) and no temporary file. A record
+# that does not fit into its slot goes behind the page, where the current one is not;
+# a small one returns to the page, and what neither slot needs any more is cut off.
+# A file without a record is none: whoever made it died, and create() may go on.
 _PAGE = 4096
 _MAGIC = b'BSess 3\n'
 _NEW = _MAGIC.ljust(_PAGE, b'\0')  # the page of a file without a record
@@ -638,8 +637,7 @@ _READING = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in (
     'O_CLOEXEC', 'O_NOFOLLOW', 'O_NONBLOCK', 'O_NOCTTY', 'O_BINARY', 'O_NOINHERIT'))
 _WRITING = _READING | os.O_RDWR
 #: What opening or reading something that is no plain file says.
-_NO_FILE = {errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EAGAIN, errno.ESPIPE,
-            errno.ENOTDIR}
+_NO_FILE = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EAGAIN, errno.ESPIPE}
 
 
 class FileStore(Store):
@@ -697,7 +695,7 @@ class FileStore(Store):
         try:
             file: _File = lock or _File(path)
             try:
-                if lock and not lock.size():
+                if lock and lock.size() <= 0:
                     return None
                 if (file.record or b'')[:_VERSION] != version:
                     return file.record
@@ -781,8 +779,8 @@ class FileStore(Store):
         if abs(now - self._cleaned) >= 1:
             self._cleaned = now
             with suppress(StoreError):  # it is in the log
-                for shard in random.sample(range(256), 10):
-                    self._clean(shard, now, 20)
+                for shard in random.sample(range(256), 4):
+                    self._clean(shard, now, 50)
 
 
 class _File:
@@ -809,12 +807,11 @@ class _File:
             raise
 
     def size(self) -> int:
-        """ Return its size: 0 for a new one and for what ended in place (on Windows), -1 for
-            what was removed. New ones get 0600. """
+        """ Return its size, -1 if it was removed, 0 also if it ended in place (on Windows). """
         state = os.fstat(self.fd)
         if not stat.S_ISREG(state.st_mode):
             raise OSError(errno.ENXIO, 'No plain file')
-        if not state.st_size and stat.S_IMODE(state.st_mode) != 0o600:  # the umask
+        if not state.st_size and stat.S_IMODE(state.st_mode) != 0o600:  # new, with a umask
             _chmod(self.fd, 0o600)
         return state.st_size if state.st_nlink else -1
 
@@ -997,10 +994,9 @@ else:  # Windows: a directory is for one process, and its locks are in a dict
     def _unlink(path: str, fd: int | None) -> None:
         # What is open cannot be removed: it is ended in place (an empty file is no session)
         # and goes now, or by a later sweep if others have it open.
-        ended = os.open(path, _WRITING)
-        os.ftruncate(ended, 0)
-        os.fsync(ended)
-        os.close(ended)
+        with open(path, 'r+b') as file:
+            file.truncate()
+            os.fsync(file.fileno())
         if fd is not None:
             os.dup2(_nowhere, fd, False)  # closes the file, but keeps the lock
         with suppress(PermissionError):
