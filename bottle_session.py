@@ -695,7 +695,7 @@ class FileStore(Store):
         try:
             file: _File = lock or _File(path)
             try:
-                if lock and lock.size() <= 0:
+                if lock and not lock.check():  # Windows ended it in place
                     return None
                 if (file.record or b'')[:_VERSION] != version:
                     return file.record
@@ -719,6 +719,7 @@ class FileStore(Store):
                 with closing(_File(path)) as file:
                     if (file.record or b'')[:_VERSION] != version:
                         return False
+                    file.check()
                     _unlink(path, file.fd)
         except OSError as error:
             return bool(_absent('remove', path, error))
@@ -729,12 +730,12 @@ class FileStore(Store):
         path = self._path(name)
         try:
             file = _File(path)
-        except OSError as error:
-            return _absent('lock', path, error)  # type: ignore[no-any-return]
-        if file.record is None:
+            if file.record is not None:
+                return file, file.record
             file.close()
-            return None
-        return file, file.record
+        except OSError as error:
+            _absent('lock', path, error)
+        return None
 
     def unlock(self, name: str, lock: Any) -> None:
         lock.close()
@@ -765,8 +766,9 @@ class FileStore(Store):
             with suppress(OSError, SessionBusy), closing(_File(path)) as file:  # not in use
                 expires = file.current[1]
                 if file.record is None:  # in an hour it is certain that its maker died
-                    expires = os.stat(path).st_mtime + 3600
+                    expires = os.fstat(file.fd).st_mtime + 3600
                 if expires <= now:
+                    file.check()
                     _unlink(path, file.fd)
                     _log.debug('removed what has expired: %s', path)
                 if _kind_of(file.record) == _SESSION:
@@ -786,39 +788,35 @@ class FileStore(Store):
 class _File:
     """ A session's file, open and with its lock taken. """
 
-    record: Any = None          # as _newest() says
-    current = 0, math.inf, 0, 0
-
     def __init__(self, path: str, new: bool = False) -> None:
-        """ Raise FileNotFoundError if it is gone, SessionBusy if somebody else has it. """
+        """ Raise SessionBusy if somebody else has it. """
         self.fd = os.open(path, _WRITING | os.O_CREAT if new else _WRITING, 0o600)
         try:
             _flock(self.fd, _LOCK)
-            size = self.size()
-            if size < 0:  # if it was to be new, somebody else has just made and removed it
-                raise BlockingIOError if new else FileNotFoundError(errno.ENOENT, 'Removed')
-            self.longer = size > _PAGE
-            if size:
-                self.record, self.current = _newest(self.fd, _pread(self.fd, _PAGE, 0))
+            page = b'' if new and not self.check() else _pread(self.fd, _PAGE + 1, 0)
+            self.record, self.current = _newest(self.fd, page)
+            self.longer = len(page) > _PAGE
         except BaseException as error:
             self.close()
-            if isinstance(error, BlockingIOError):
+            if isinstance(error, BlockingIOError) or new and isinstance(error, FileNotFoundError):
                 raise SessionBusy() from None
             raise
 
-    def size(self) -> int:
-        """ Return its size, -1 if it was removed, 0 also if it ended in place (on Windows). """
+    def check(self) -> int:
+        """ Return its size, or raise FileNotFoundError if it was removed meanwhile. """
         state = os.fstat(self.fd)
         if not stat.S_ISREG(state.st_mode):
             raise OSError(errno.ENXIO, 'No plain file')
+        if not state.st_nlink:
+            raise FileNotFoundError(errno.ENOENT, 'It was removed')
         if not state.st_size and stat.S_IMODE(state.st_mode) != 0o600:  # new, with a umask
             _chmod(self.fd, 0o600)
-        return state.st_size if state.st_nlink else -1
+        return state.st_size
 
     def save(self, record: bytes, expires: float) -> None:
         """ Write the record where the current one is not. """
-        number, _, start, end = self.current
-        number, size, keep = number + 1, len(record), max(end, _PAGE)
+        number, _, _, end = self.current
+        number, size = number + 1, len(record)
         at = _ODD if number % 2 else _EVEN
         start, inside = at + _SLOT.size, record
         try:
@@ -829,14 +827,13 @@ class _File:
                 self._write(slot, at)
             else:
                 self._write((_MAGIC + slot).ljust(_PAGE, b'\0'), 0)
-            end = start + size
-            self.record, self.current = record, (number, expires, start, end)
-            keep = max(keep, end)
+            self.record, self.current = record, (number, expires, start, start + size)
         finally:
             if self.longer:  # give back what neither slot needs, also if the disk is full
+                needed = max(_PAGE, end, self.current[3])
                 with suppress(OSError):  # the next save tries again
-                    os.ftruncate(self.fd, keep)
-                    self.longer = keep > _PAGE
+                    os.ftruncate(self.fd, needed)
+                    self.longer = needed > _PAGE
 
     def _write_big(self, record: bytes) -> int:
         """ Write it behind the page, where the current record is not; return where. """
@@ -888,17 +885,17 @@ def _newest(fd: int, page: bytes) -> tuple[Any, tuple[int, float, int, int]]:
     """ Return the newest whole record (None in an unfinished file, b'' if all are damaged);
         and its number, when it expires, and where it begins and ends. """
     ends = math.inf
-    if len(page) == _PAGE and page.startswith(_MAGIC):
+    if len(page) >= _PAGE and page.startswith(_MAGIC):
         odd, even = _SLOT.unpack_from(page, _ODD), _SLOT.unpack_from(page, _EVEN)
         for number, checksum, expires, start, size in (odd, even) if odd > even else (even, odd):
             end = start + size
             record = page[start:end] if end <= _PAGE else _pread(fd, min(size, _MAX_RECORD), start)
             if record and zlib.crc32(record, number) == checksum:  # an empty slot has none
                 return record, (number, expires, start, end)
-            if page != (again := _pread(fd, _PAGE, 0)):  # a save came between
+            if page != (again := _pread(fd, len(page), 0)):  # a save came between
                 return _newest(fd, again)
         ends = max(odd[2], even[2])  # unproven, but enough to remove what is damaged
-    return None if _NEW.startswith(page) else b'', (0, ends, 0, 0)
+    return None if _NEW.startswith(page[:_PAGE]) else b'', (0, ends, 0, 0)
 
 
 def _absent(verb: str, path: str, error: OSError) -> Any:
@@ -939,6 +936,8 @@ if fcntl is not None:
     _LOCK, _UNLOCK = fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_UN
 
     def _unlink(path: str, fd: int | None) -> None:
+        if fd is not None and os.access(os.path.dirname(path), os.W_OK):
+            os.ftruncate(fd, 0)  # tells those who have it open and wait for its lock
         os.unlink(path)
 
     def _sync_directory(path: str) -> None:
