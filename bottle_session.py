@@ -653,7 +653,7 @@ class FileStore(Store):
             raise ValueError('sessions_dir=%r is not a directory' % self.directory)
         self._cleaned = 0.0
 
-    def load(self, name: str) -> Any:
+    def load(self, name: str) -> bytes | None:
         path = self._path(name)
         try:
             fd = os.open(path, _READING)
@@ -690,7 +690,7 @@ class FileStore(Store):
         return True
 
     def replace(self, name: str, version: bytes, record: bytes, expires: float,
-                lock: Any = None, durable: bool = False) -> Any:
+                lock: Any = None, durable: bool = False) -> bytes | None:
         path = self._path(name)
         try:
             file: _File = lock or _File(path)
@@ -756,11 +756,11 @@ class FileStore(Store):
     def _clean(self, shard: int, now: float, most: int | None = None) -> list[bool]:
         """ Remove what has expired of one directory's files, or of `most` of them; tell of
             each session whether it went. """
-        directory, went = self._path('%02x' % shard), []
+        directory, went, names = self._path('%02x' % shard), [], []
         try:
             names = [name for name in os.listdir(directory) if len(name) == 62]
         except OSError as error:
-            return _absent('list', directory, error) or []
+            _absent('list', directory, error)
         random.shuffle(names)
         for path in [directory + name for name in names[:most]]:
             with suppress(OSError, SessionBusy), closing(_File(path)) as file:  # not in use
@@ -881,7 +881,7 @@ def _make_directory(path: str) -> None:
         os.chmod(path, 0o700)  # whatever the umask
 
 
-def _newest(fd: int, page: bytes) -> tuple[Any, tuple[int, float, int, int]]:
+def _newest(fd: int, page: bytes) -> tuple[bytes | None, tuple[int, float, int, int]]:
     """ Return the newest whole record (None in an unfinished file, b'' if all are damaged);
         and its number, when it expires, and where it begins and ends. """
     ends = math.inf
@@ -898,12 +898,13 @@ def _newest(fd: int, page: bytes) -> tuple[Any, tuple[int, float, int, int]]:
     return None if _NEW.startswith(page[:_PAGE]) else b'', (0, ends, 0, 0)
 
 
-def _absent(verb: str, path: str, error: OSError) -> Any:
-    """ Accept what is no session, raise StoreError for trouble. """
+def _absent(verb: str, path: str, error: OSError) -> bytes | None:
+    """ Return None for what is no session, raise StoreError for trouble. """
     if error.errno in _NO_FILE:
         _log.warning('%s is no session (%s); it is treated as absent', path, error.strerror)
     elif error.errno != errno.ENOENT:
         raise _failed(verb, path, error) from error
+    return None
 
 
 def _failed(verb: str, path: str, error: OSError) -> StoreError:

@@ -644,6 +644,8 @@ step('same', lambda: saving(session, cookie, other=1))
 step('save', lambda: saving(session, cookie, n=2))
 step('with', lambda: counting(session, cookie))
 step('first', lambda: saving(session, None, n=1))
+for size in 5000, 1, 5001:
+    step('%d B' % size, lambda: saving(session, cookie, blob=bytes(size)))
 step('regenerate', lambda: cookies.append(cookie_of(within(session.regenerate, cookie))))
 step('purge', lambda: within(session.purge, cookies[0]))
 step('login', lambda: within(lambda: session.login('joe')))
@@ -682,15 +684,15 @@ def test_system_calls_are_as_few_as_promised(steps):
     assert calls['read'] == calls['same'] == ['open', 'read', 'close']
     save = ['open+', 'flock', 'pread', 'pwrite', 'flock', 'close']
     assert calls['save'] == calls['read'] + save
-    # It looks at its end whether the file is still there.
-    assert calls['with'] == save[:3] + ['fstat'] + save[3:]
+    assert calls['with'] == save[:3] + ['fstat'] + save[3:]  # its end looks if it is still there
     # Nothing is to be read, but its mode may be that of the umask.
     assert calls['first'] == save[:2] + ['fstat'] + save[3:]
 
 
 def test_new_ids_log_outs_and_log_ins_are_durable_and_saves_are_quick(steps):
     synced = {step: synced for step, (_, synced) in steps.items()}
-    assert synced['save'] == synced['with'] == synced['first'] == []
+    assert [synced[step] for step in ('save', 'with', 'first', '5000 B', '1 B')] == [[]] * 5
+    assert synced['5001 B'] == ['file']  # a power cut could tear the older one and this one
     new = ['file', 'directory', 'directory']
     assert synced['regenerate'] == new + ['file']  # the new one, then the mark in the old one
     assert synced['purge'] == ['directory']
