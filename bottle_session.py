@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import hashlib
 import inspect
 import io
 import itertools
@@ -91,15 +90,8 @@ class _Unavailable(SessionError, HTTPError):  # type: ignore[misc]
     message = ''
 
     def __init__(self, message: str = '') -> None:
-        HTTPError.__init__(self, 503, message or self.message, Retry_After='1')
-
-    def __str__(self) -> str:
-        return str(self.body)
-
-    def apply(self, other: Any) -> None:
-        """ Become the answer to the current request. """
-        _current.get().crash()
-        HTTPError.apply(self, other)
+        self.args = (message or self.message,)
+        HTTPError.__init__(self, 503, self.args[0], Retry_After='1')
 
 
 class SessionBusy(_Unavailable):
@@ -133,7 +125,6 @@ def _kind(value: Any) -> str:
 # Cookie ######################################################################
 ###############################################################################
 
-_TOKEN = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+").fullmatch
 _MAX_HEADER = 16 * 1024  # bytes of Cookie header that are searched
 _MAX_IDS = 4             # cookies of our name that are tried
 
@@ -148,30 +139,15 @@ class _Cookie:
 
     def __init__(self, name: str, secure: bool | None, httponly: bool, samesite: str | None,
                  path: str, domain: str | None, partitioned: bool) -> None:
-        _require(isinstance(name, str), 'cookie_name must be a str, not %s', _kind(name),
-                 TypeError)
-        _require(_TOKEN(name), 'cookie_name=%r: use letters, digits, "-" and "_"', name)
-        _require(samesite is None or str(samesite).lower() in ('lax', 'strict', 'none'),
-                 "samesite=%r: use 'lax', 'strict', 'none' or None", samesite)
-        _require(isinstance(path, str) and re.fullmatch('/[!-:<-~]*', path),
-                 "path=%r: use a path that starts with '/', without ';', spaces or characters "
-                 "beyond ASCII", path)
-        text = domain is None or isinstance(domain, str)
-        _require(text and re.fullmatch('[A-Za-z0-9.-]*', domain or '') and domain != '',
-                 "domain=%r: use a host name in ASCII ('xn--...' for others), or None for the "
-                 "host that sent the cookie", domain)
-        for option, flag in (('secure', secure or False), ('httponly', httponly),
-                             ('partitioned', partitioned)):
-            _check_flag(option, flag)
         host = name.lower().startswith('__host-')
-        cross = str(samesite or '').lower() == 'none'
+        cross = samesite is not None and samesite.lower() == 'none'
         _require(secure or not host and not name.lower().startswith('__secure-'),
                  'cookie_name=%r: browsers take this prefix only with secure=True', name)
         _require(not host or path == '/' and not domain, "cookie_name=%r: browsers take this "
                  "prefix only with path='/' and without domain", name)
         _require(secure or not cross, 'samesite=%r: browsers take this only with secure=True',
                  samesite)
-        _require(cross or not partitioned, "partitioned=%r: browsers send such a cookie only with "
+        _require(cross or not partitioned, "partitioned=%r: browsers take this only with "
                  "secure=True and samesite='none'", partitioned)
         self.name, self.secure, self.path, self.domain = name, secure, path, domain
         self._find = re.compile(r'(?:^|;)\s*%s\s*=\s*"?([\w-]{43})"?\s*(?![^;])' % re.escape(name),
@@ -193,84 +169,111 @@ class _Cookie:
         found = self._find(header) if len(header) <= _MAX_HEADER else []
         return found if len(found) < 2 else list(dict.fromkeys(found))[:_MAX_IDS]
 
-    def line(self, https: bool, value: str, max_age: float | None) -> str:
+    def line(self, environ: Mapping[str, Any], value: str, max_age: float | None) -> str:
         """ Return the value of a Set-Cookie header.
 
             :param max_age: seconds; 0 deletes, None: until the browser closes.
         """
+        scheme = environ.get('HTTP_X_FORWARDED_PROTO') or environ.get('wsgi.url_scheme')
         return '%s=%s%s%s%s' % (
             self.name, value or '; Expires=Thu, 01 Jan 1970 00:00:00 GMT',
             '' if max_age is None else '; Max-Age=%d' % math.ceil(max_age), self.attributes,
-            '; Secure' if (https if self.secure is None else self.secure) else '')
+            '; Secure' if self.secure or self.secure is None and scheme == 'https' else '')
 
     def why_not_sent(self, environ: Mapping[str, Any]) -> str:
         """ Return why the browser cannot send this cookie with such a request, or ''. """
+        page = bottle.BaseRequest(dict(environ)).urlparts
         path = environ.get('SCRIPT_NAME', '') + environ.get('PATH_INFO', '')
-        host = environ.get('HTTP_X_FORWARDED_HOST') or environ.get('HTTP_HOST', '')
-        host = host.split(':')[0].lower()
-        domain = (self.domain or host).lower().lstrip('.')
+        host, domain = page.hostname or '', (self.domain or '').lower().lstrip('.')
         if len(environ.get('HTTP_COOKIE', '')) > _MAX_HEADER:
             return 'the header with all cookies is longer than 16 KB, and is not read'
-        if self.secure and not _is_https(environ):
+        if self.secure and page.scheme != 'https':
             return 'it is Secure, and this page came by http'
         if path != self.path and not path.startswith(self.path.rstrip('/') + '/'):
             return 'it is for the path %s, and this page is at %s' % (self.path, path)
-        if not ('.' + host).endswith('.' + domain):
+        if domain and not ('.' + host).endswith('.' + domain):
             return 'it is for the domain %s, and this page is at %s' % (domain, host)
         return ''
-
-
-def _is_https(environ: Mapping[str, Any]) -> bool:
-    """ Tell whether the visitor came by https, by the rule of `bottle.request.urlparts`. """
-    return (environ.get('HTTP_X_FORWARDED_PROTO') or environ.get('wsgi.url_scheme')) == 'https'
-
-
-def _check_flag(argument: str, flag: bool) -> bool:
-    _require(flag is True or flag is False, argument + '=%r: use True or False', flag)
-    return flag
-
-
-def _require(condition: Any, message: str, value: Any,
-             error: type[Exception] = ValueError) -> None:
-    """ Raise this error about an argument unless the condition holds. """
-    if not condition:
-        raise error(message % (value,))
 
 
 ###############################################################################
 # Seal ########################################################################
 ###############################################################################
 
-# record = kind (1 byte) | nonce (12) | AES-256-GCM(head | payload), which also
-# vouches for the kind. With a key for each session random nonces are far from
+# record = kind (1 byte) | nonce (12) | AES-256-GCM(head | owner | 0xff | payload), which
+# also vouches for the kind. With a key for each session random nonces are far from
 # their limit (SP 800-38D). No part is the same in two records of one secret, so
 # none confirms a guess of a secret without the cookie's id.
 _SESSION, _MOVED, _BLOCKED, _LOGINS = b's', b'm', b'b', b'l'
 _VERSION = 16  # bytes at the beginning of a record that no two records share
-_HEAD = struct.Struct('<dddbI')
-_REMEDY = 'run "python -m bottle_session secret" to get a good one, and keep it out of the code'
+_UTF8 = 'utf-8', 'surrogatepass'
+_HEAD, _OWNER_END = struct.Struct('<dddb'), b'\xff'  # which is in no UTF-8
 
 #: What is sealed beside the data. `created` and `used` in seconds since the epoch; `days`,
 #: `permanent` 1 or -1, both 0 for what the constructor says; `owner` None or a str.
 _Head = namedtuple('_Head', 'created used days permanent owner')
 _NO_HEAD = _Head(0.0, 0.0, 0.0, 0, None)
 
-
-def _check_secrets(secret: Secret | Iterable[Secret]) -> list[bytes]:
-    secrets = [secret] if isinstance(secret, (str, bytes)) else secret
-    _require(isinstance(secrets, (list, tuple)) and all(
-        isinstance(one, (str, bytes)) for one in secrets),
-        'secret must be a str, bytes or a list of them, not %s: ' + _REMEDY, _kind(secret),
-        TypeError)
-    raw = [_bytes(one) if isinstance(one, str) else one for one in secrets]
-    _require(raw and all(raw), 'secret is %s: ' + _REMEDY, 'empty' if raw else 'an empty list')
-    if min(map(len, raw)) < 16:
-        warnings.warn('secret is shorter than 16 bytes: ' + _REMEDY, UserWarning, 3)
-    return list(dict.fromkeys(raw))
+_MISSING = object()  # where there is no value
+# What is never changed inside, and the part of it in which equal means the same.
+_ATOMS = frozenset((str, int, bool, bytes, type(None), object))
+_PLAIN = _ATOMS | {float, complex, datetime, date, timedelta}
+_SURE = _PLAIN - {datetime}  # to load back; somebody's tzinfo may not
 
 
-def _bytes(text: str) -> bytes:
-    return text.encode('utf-8', 'surrogatepass')
+class _Canonical(pickle.Pickler):
+    """ Pickles equal sets to the same bytes, whatever the order of their elements. """
+
+    def persistent_id(self, value: Any) -> Any:
+        if type(value) in (set, frozenset):
+            return _kind(value), sorted(map(_canonical, value))
+        return None
+
+
+def _canonical(value: Any, pickler: Any = pickle.Pickler, fast: bool = True) -> bytes:
+    """ Return bytes that are the same only for equal values, to their types: a pickle, but
+        never one that is stored. Without pickle's memo it does not tell which parts are one
+        and the same object. """
+    stream = io.BytesIO()
+    writer = pickler(stream, 5)
+    writer.fast = fast
+    try:
+        writer.dump(value)
+    except Exception as error:  # also from methods of the user's classes
+        if fast:  # perhaps a cycle, which ends only with the memo
+            return _canonical(value, pickler, False)
+        _log.debug('cannot compare a %s, so it counts as a change: %s', _kind(value), _kind(error))
+        return os.urandom(16)
+    form = stream.getvalue()
+    if pickler is pickle.Pickler and (b'\x8f' in form or b'\x91' in form):  # it has a set
+        return _canonical(value, _Canonical, fast)
+    return form
+
+
+def _same(one: Any, other: Any) -> bool:
+    """ Tell whether two values are equal, to their types: 1, 1.0 and True differ.
+        In doubt they are not. """
+    if one is other or type(one) is not type(other):
+        return one is other
+    if type(one) in _ATOMS:
+        return bool(one == other)
+    return _canonical(one) == _canonical(other)
+
+
+def _same_objects(one: Any, other: Any) -> bool:
+    """ Tell whether two values are equal and hold the same objects. In doubt they are not. """
+    kind = type(one)
+    if one is other or kind is not type(other):
+        return one is other
+    if kind is dict:
+        one, other = [*one.items()], [*other.items()]
+    elif kind not in (list, tuple):
+        parts = one | other if kind in (set, frozenset) else [one]
+        return _PLAIN.issuperset(map(type, parts)) and _same(one, other)
+    try:
+        return len(one) == len(other) and all(map(_same_objects, one, other))
+    except RecursionError:  # a cycle
+        return False
 
 
 class _Seal:
@@ -284,15 +287,14 @@ class _Seal:
 
     #: Whether the values themselves are stored, instead of bytes made of them.
     keeps_values = False
+    #: Tells whether two values are equal.
+    same: Callable[[Any, Any], bool] = staticmethod(_same)
 
     def __init__(self, secrets: list[bytes], cookie_name: str, serializer: Any) -> None:
-        label = cookie_name.encode('ascii') + b'\0'
-        masters = [blake2b(raw, person=b'bsession').digest() for raw in secrets]
-        self._names = blake2b(label, digest_size=32, person=b'bsession name')
-        self._keys = [blake2b(label, digest_size=32, person=b'bsession key', key=master)
-                      for master in masters]
-        self._owners = [blake2b(label, digest_size=32, person=b'bsession owner', key=master)
-                        for master in masters]
+        keyed_hash = functools.partial(blake2b, cookie_name.encode() + b'\0', digest_size=32)
+        self._names = keyed_hash(person=b'bsession name')
+        self._keys = [keyed_hash(person=b'bsession key', key=blake2b(secret).digest())
+                      for secret in secrets]
         self._use(serializer)
 
     def _use(self, serializer: Any) -> None:
@@ -304,43 +306,45 @@ class _Seal:
                               "'cryptography': pip install cryptography") from error
         self._cipher, self._forged = AESGCM, InvalidTag
         self.pickles = serializer is pickle
-        self.dumps, self._loads = serializer.dumps, serializer.loads
-        if isinstance(serializer.dumps({}), str):
-            self.dumps = lambda data: _bytes(serializer.dumps(data))
-            self._loads = lambda plain: serializer.loads(plain.decode('utf-8', 'surrogatepass'))
+        self.dumps, self._loads, empty = serializer.dumps, serializer.loads, serializer.dumps({})
+        _require(isinstance(empty, (str, bytes)) and serializer.loads(empty) == {}, 'serializer: '
+                 'dumps({}) gave %r, and not str or bytes of which loads() makes {}', empty)
+        if isinstance(empty, str):
+            self.dumps = lambda data: serializer.dumps(data).encode(*_UTF8)
+            self._loads = lambda payload: serializer.loads(payload.decode(*_UTF8))
 
     def name(self, id: str) -> str:
         """ Return the name under which a store keeps this session. """
         name = self._names.copy()
-        name.update(id.encode('ascii'))
+        name.update(id.encode())
         return name.hexdigest()
 
     def list_ids(self, owner: str) -> list[str]:
         """ Return what the list of an owner's log-ins has for an id, under each secret,
             newest first: without one, nobody can test a guess of an owner. """
-        return [_derive(master, _bytes(owner)).hex() for master in self._owners]
+        return [_derive(key, ('owner\0' + owner).encode(*_UTF8)).hex() for key in self._keys]
 
     def seal(self, kind: bytes, id: str, head: _Head, payload: Any = b'') -> Any:
         """ Return a record of this kind for the session with this id. """
-        owner, nonce = _bytes(head[4] or ''), os.urandom(12)
-        sealed: bytes = self._cipher(_derive(self._keys[0], id.encode('ascii'))).encrypt(
-            nonce, _HEAD.pack(*head[:4], len(owner)) + owner + payload, kind)
+        nonce, owner = os.urandom(12), head[4].encode(*_UTF8) if head[4] else b''
+        sealed: bytes = self._cipher(_derive(self._keys[0], id.encode())).encrypt(
+            nonce, _HEAD.pack(*head[:4]) + owner + _OWNER_END + payload, kind)
         return kind + nonce + sealed
 
     def open(self, id: str, record: Any) -> tuple[bytes, _Head, Any, bool]:
         """ Return (kind, head, payload, whether an older secret sealed it), or raise
             _Unreadable. """
         kind = record[:1]
-        for master in self._keys:
+        for key in self._keys:
             try:
-                plain = self._cipher(_derive(master, id.encode('ascii'))).decrypt(
+                plain = self._cipher(_derive(key, id.encode())).decrypt(
                     record[1:13], record[13:], kind)
             except (self._forged, ValueError):  # ValueError: too short to be sealed
                 continue
-            *head, size = _HEAD.unpack_from(plain)
-            end = _HEAD.size + size
-            owner = plain[_HEAD.size:end].decode('utf-8', 'surrogatepass') if size else None
-            return kind, _Head._make((*head, owner)), plain[end:], master is not self._keys[0]
+            name, _, payload = plain[_HEAD.size:].partition(_OWNER_END)
+            owner = name.decode(*_UTF8) if name else None
+            head = _Head._make(_HEAD.unpack_from(plain) + (owner,))
+            return kind, head, payload, key is not self._keys[0]
         raise _Unreadable('is damaged, or was sealed with a secret that is not in the list')
 
     def loads(self, payload: Any) -> dict[Any, Any]:
@@ -359,30 +363,16 @@ class _Seal:
             raise _Unreadable('holds no dict')
         return data
 
-    def same(self, one: Any, other: Any) -> bool:
-        """ Tell whether two values are equal. """
-        return _same(one, other)
-
-    def form(self, value: Any) -> Any:
-        """ Return what tells later whether a value was changed inside; plain ones are not. """
-        return _Form(_canonical(value))
-
-
-def _derive(master: blake2b, data: bytes) -> bytes:
-    """ Return a keyed hash (BLAKE2b, RFC 7693), continued with these data. """
-    key = master.copy()
-    key.update(data)
-    return key.digest()
-
 
 class _NoSeal(_Seal):
     """ The same for the memory mode: a record is a tuple with a shallow copy of the data,
         which can be cut like a record of bytes. Nothing is sealed or serialized. """
 
     keeps_values = pickles = True
+    same = staticmethod(_same_objects)
 
     def _use(self, serializer: Any) -> None:
-        self.dumps = self.loads = dict  # type: ignore[method-assign,assignment]
+        self.dumps = self.loads = dict.copy  # type: ignore[method-assign,assignment]
 
     def seal(self, kind: bytes, id: str, head: _Head, payload: Any = b'') -> Any:
         return kind, object(), head, payload  # no two are equal
@@ -390,88 +380,18 @@ class _NoSeal(_Seal):
     def open(self, id: str, record: Any) -> tuple[bytes, _Head, Any, bool]:
         return record[0], record[2], record[3], False
 
-    def same(self, one: Any, other: Any) -> bool:
-        try:
-            return _same_objects(one, other)
-        except RecursionError:
-            return False
 
-    def form(self, value: Any) -> Any:
-        return value
+def _derive(key: blake2b, data: bytes) -> bytes:
+    """ Return a keyed hash (BLAKE2b, RFC 7693), continued with these data. """
+    key = key.copy()
+    key.update(data)
+    return key.digest()
 
 
 def _kind_of(record: Any) -> bytes:
     """ Return the kind of a record; b'' if there is none, or a damaged one. """
     kind: bytes = record[0] if type(record) is tuple else (record or b'')[:1]
     return kind
-
-
-class _Form(bytes):
-    """ The canonical form of a value, in its place. """
-
-
-_MISSING = _Form()  # where there is no value
-# What is never changed inside, and the part of it in which equal means the same.
-_ATOMS = frozenset((str, int, bool, bytes, type(None), _Form))
-_PLAIN = _ATOMS | {float, complex, datetime, date, timedelta}
-_SURE = _PLAIN - {datetime}  # to load back; somebody's tzinfo may not
-
-
-def _same(one: Any, other: Any) -> bool:
-    """ Tell whether two values are equal, to their types: 1, 1.0 and True differ.
-        In doubt they are not. """
-    kind = type(one)
-    if one is other or kind is not type(other):
-        return one is other
-    if kind in _ATOMS:
-        return bool(one == other)
-    return _canonical(one) == _canonical(other)
-
-
-def _same_objects(one: Any, other: Any) -> bool:
-    """ Tell whether two values are equal and hold the same objects. """
-    kind = type(one)
-    if one is other or kind is not type(other):
-        return one is other
-    if kind is dict:
-        one, other = [*one.items()], [*other.items()]
-    elif kind in (set, frozenset):
-        return _PLAIN.issuperset(map(type, one | other)) and _same(one, other)
-    elif kind not in (list, tuple):
-        return kind in _PLAIN and _same(one, other)
-    return len(one) == len(other) and all(map(_same_objects, one, other))
-
-
-class _Canonical(pickle.Pickler):
-    """ Pickles equal sets to the same bytes, whatever the order of their elements. """
-
-    def persistent_id(self, value: Any) -> Any:
-        if type(value) not in (set, frozenset):
-            return None
-        return _kind(value), sorted(map(_canonical, value))
-
-
-def _canonical(value: Any, pickler: type[pickle.Pickler] = pickle.Pickler) -> bytes:
-    """ Return bytes that are the same only for equal values, to their types.
-
-        Without pickle's memo they do not tell which parts are one and the same
-        object. Never for what is stored. With a cycle only the memo ends.
-    """
-    stream = io.BytesIO()
-    writer = pickler(stream, 5)
-    writer.fast = True
-    try:
-        try:
-            writer.dump(value)
-        except ValueError:  # a cycle, perhaps
-            return pickle.dumps(value, 5)
-    except Exception as error:  # also from methods of the user's classes
-        _log.debug('cannot compare a %s, so it counts as a change: %s', _kind(value), _kind(error))
-        return os.urandom(16)
-    form = stream.getvalue()
-    if pickler is pickle.Pickler and (b'\x8f' in form or b'\x91' in form):  # it has a set
-        return _canonical(value, _Canonical)
-    return form
 
 
 ###############################################################################
@@ -1004,8 +924,8 @@ else:  # Windows: a directory is for one process, and its locks are in a dict
 
 
 class RedisStore(Store):
-    """ Keeps each session in a hash of a Redis (6.2 or newer) or Valkey server,
-        for any number of hosts. The server's own TTL removes what has expired.
+    """ Keeps sessions in a Redis (6.2 or newer) or Valkey server, for any number of hosts.
+        The server's own TTL removes what has expired.
 
         :param client: a URL (``redis://``, ``rediss://``, ``valkey://``, ``unix://``, with
             redis-py's options), or a client of redis-py that returns bytes, a sentinel's or a
@@ -1013,39 +933,33 @@ class RedisStore(Store):
         :param prefix: what the keys begin with.
     """
 
-    _LEASE = 30000  # milliseconds until a lock ends without its holder, or a second less
+    _LEASE = 30000  # milliseconds until a lock ends without its holder
     _SLOW = 0.3     # seconds; what fails later timed out, and is not tried again
     _PAUSE = 1.0    # seconds after a time-out in which nobody else waits for one
     _IDLE = 60.0    # seconds until a connection that nobody needs is closed
 
-    # KEYS[1]: r = record, l = the holder's token, u = its end (ms). A retry finds its own record.
-    _CREATE = """
-        local kind = redis.call('TYPE', KEYS[1]).ok
-        if kind ~= 'none' and kind ~= 'hash' then redis.call('DEL', KEYS[1]) end
-        if redis.call('HSETNX', KEYS[1], 'r', ARGV[1]) == 0 then
-            return redis.call('HGET', KEYS[1], 'r') == ARGV[1] end
-        return redis.call('PEXPIRE', KEYS[1], ARGV[2])"""
+    # KEYS: a record, and its lock, which is the holder's token. EVAL sends a script each time: for
+    # EVALSHA, a microsecond less, one must know what the server has. A retry finds its own record.
     _READ = """
-        local record, l, u = unpack(redis.call('HMGET', KEYS[1], 'r', 'l', 'u'))
-        if not record then return end
-        local left = l and l ~= ARGV[1] and (tonumber(u) or 0) - redis.call('TIME')[1] * 1000 or 0
-        if left > 0 and left <= 30000 then return 2 end  -- a later one is none of ours"""
+        local record, holder = unpack(redis.call('MGET', KEYS[1], KEYS[2]))
+        if not record then return redis.call('GET', KEYS[1]) end  -- fails if it is a list, say
+        local left = holder and holder ~= ARGV[1] and redis.call('PTTL', KEYS[2]) or -1
+        if left >= 0 and left <= 30000 then return 2 end  -- a longer one is none of ours"""
     _REPLACE = _READ + """
         if record == ARGV[3] then return 1 end
         if record:sub(1, 16) ~= ARGV[2] then return record end
-        redis.call('HSET', KEYS[1], 'r', ARGV[3])
-        return redis.call('PEXPIRE', KEYS[1], ARGV[4])"""
+        return redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[4]) and 1"""
     _REMOVE = """
-        local record = redis.call('HGET', KEYS[1], 'r')
+        local record = redis.call('GET', KEYS[1])
         return record and record:sub(1, 16) == ARGV[1] and redis.call('DEL', KEYS[1])"""
     _LOCK = _READ + """
-        redis.call('HSET', KEYS[1], 'l', ARGV[1], 'u', redis.call('TIME')[1] * 1000 + ARGV[2])
+        redis.call('SET', KEYS[2], ARGV[1], 'PX', ARGV[2])
         return record"""
     _UNLOCK = """
-        return redis.call('HGET', KEYS[1], 'l') == ARGV[1] and redis.call('HDEL', KEYS[1], 'l')"""
+        return redis.call('GET', KEYS[2]) == ARGV[1] and redis.call('DEL', KEYS[2])"""
     _REMEDIES = {
-        'ermission|ACL|run this': 'let its user do that: ACL SETUSER (name) ~(prefix)* +hget +del '
-        '+hset +hsetnx +hmget +hdel +type +pexpire +time +eval +evalsha +ping +info +scan +dbsize',
+        'ermission|ACL|run this': 'let its user do that: ACL SETUSER (name) ~(prefix)* +get +set '
+        '+del +mget +pttl +eval +getrange +scan +dbsize +info +ping',
         'Authentication': 'AUTH was refused: check user and password in the URL or the client',
         'OutOfMemory|OOM': 'raise maxmemory',
         'onnection refused|not known': 'start the server, or check host and port'}
@@ -1059,7 +973,8 @@ class RedisStore(Store):
         _require(isinstance(prefix, str), 'prefix must be a str, not %s', _kind(prefix), TypeError)
         if isinstance(client, str):
             _require(re.fullmatch(r'(unix://[^?#]+|(?!unix)[\w+-]+://[^/?#]*(?<!:0)(/\d*)?)'
-                                  r'([?]\w+=[^&#]+(&\w+=[^&#]+)*)?', client),
+                                  r'([?](?!port=[0-])\w+=[^&#]+'
+                                  r'(&(?!port=[0-])\w+=[^&#]+)*)?', client),
                      'redis URL: after the host come :port, 1 to 65535, /database, a number, and '
                      '?option=value; in a password / is written %%2F, ? %%3F and # %s', '%23')
             try:  # redis-py says some of what is wrong only when it connects, or never
@@ -1073,33 +988,35 @@ class RedisStore(Store):
         _require(isinstance(client, (redis.Redis, redis.RedisCluster))
                  and not client.get_encoder().decode_responses, 'client must be a URL, a redis.'
                  'Redis or a RedisCluster, without decode_responses=True, not %s', _kind(client))
-        self.client, self._prefix = client, prefix
+        self.client = client
+        self._prefix = prefix + '{'  # a cluster keeps on one node what is alike between { and }
         self._pool: Any = getattr(client, 'connection_pool', None)  # a cluster: one a node
         self._pack: Any = getattr(sys.modules.get('hiredis'), 'pack_command', None)
-        self._known: dict[str, tuple[str, str]] = {}  # scripts that the server has got
         self._settings = self._calm(redis.retry.Retry(redis.backoff.NoBackoff(), 0))
         self._free: list[tuple[float, Any]] = []
         self._left_locked: deque[tuple[str, bytes]] = deque(maxlen=20)
         self._silent_until = 0.0
         with suppress(StoreError):  # what is wrong is in the log early
-            info = str(self._ask(('INFO', 'memory')))
+            info = str(self._ask('INFO', 'memory'))
             for policy in set(re.findall(r'maxmemory_policy\W+([\w-]+)', info)) - {'noeviction'}:
                 _log.warning('redis: maxmemory-policy %s loses sessions; use noeviction', policy)
 
     def load(self, name: str) -> bytes | None:
-        return self._ask(('HGET', self._prefix + name, 'r'))  # type: ignore[no-any-return]
+        return self._ask('GET', self._prefix + name + '}')  # type: ignore[no-any-return]
 
     def create(self, name: str, record: bytes, expires: float, durable: bool = False) -> bool:
-        return bool(self._run(self._CREATE, name, record, int(1000 * (expires - self.clock()))))
+        ttl = max(1, int(1000 * (expires - self.clock())))
+        made = self._ask('SET', self._prefix + name + '}', record, 'NX', 'PX', ttl)
+        return bool(made) or self.load(name) == record  # this was a retry
 
     def replace(self, name: str, version: bytes, record: bytes, expires: float,
                 lock: Any = None, durable: bool = False) -> bytes | None:
-        ttl = int(1000 * (expires - self.clock()))
+        ttl = max(1, int(1000 * (expires - self.clock())))
         reply = self._run(self._REPLACE, name, lock or b'', version, record, ttl)
         return record if reply == 1 else reply
 
     def remove(self, name: str, version: bytes | None = None) -> bool:
-        return bool(self._ask(('DEL', self._prefix + name)) if version is None
+        return bool(self._ask('DEL', self._prefix + name + '}') if version is None
                     else self._run(self._REMOVE, name, version))
 
     def lock(self, name: str) -> tuple[bytes, bytes] | None:
@@ -1112,45 +1029,44 @@ class RedisStore(Store):
     def sweep(self, now: float, progress: Progress = None) -> tuple[int, int]:
         if self._pool is None:  # a cluster: node by node
             nodes = map(self.client.get_redis_connection, self.client.get_primaries())
-            return 0, sum(RedisStore(node, self._prefix).sweep(now, progress)[1] for node in nodes)
-        pattern = re.sub(r'([][*?\\^-])', r'\\\1', self._prefix) + '?' * 64
-        size, seen, left, cursor = self._ask(('DBSIZE',)), 0, 0, None
+            stores = (RedisStore(node, self._prefix[:-1]) for node in nodes)
+            return 0, sum(store.sweep(now, progress)[1] for store in stores)
+        pattern = re.sub(r'([][*?\\^-])', r'\\\1', self._prefix) + '?' * 64 + '}'
+        size, seen, left, cursor = self._ask('DBSIZE'), 0, 0, None
         while cursor != b'0':
-            cursor, keys = self._ask(('SCAN', cursor or 0, 'MATCH', pattern, 'COUNT', 1000))
-            left += sum((self._ask(('HGET', key, 'r')) or b'')[:1] == _SESSION for key in keys)
+            cursor, keys = self._ask('SCAN', cursor or 0, 'MATCH', pattern, 'COUNT', 1000)
+            left += sum(self._ask('GETRANGE', key, 0, 0) == _SESSION for key in keys)
             seen += 1000
             if progress:
-                progress(min(1.0, seen / size) if cursor != b'0' else 1.0)
+                progress(seen / max(seen, size) if cursor != b'0' else 1.0)
         return 0, left  # the server removes them
 
     def _run(self, script: str, name: str, *args: Any) -> Any:
-        whole = 'EVAL', script, 1, self._prefix + name, *args
+        key = self._prefix + name + '}'
         try:
-            reply = self._ask((*self._known.get(script, whole[:2]), *whole[2:]), whole)
+            reply = self._ask('EVAL', script, 2, key, key + 'lock', *args)
         except BaseException:
             if script in (self._LOCK, self._UNLOCK):  # nobody knows whether a lock is left
                 self._left_locked.append((name, args[0]))
             raise
-        if script not in self._known:
-            self._known[script] = 'EVALSHA', hashlib.sha1(script.encode()).hexdigest()
         if reply == 2:
             raise SessionBusy()
         return reply
 
-    def _ask(self, command: tuple[Any, ...], whole: tuple[Any, ...] = ()) -> Any:
-        """ Send a command, once more (whole) if its connection was lost, and return the reply. """
+    def _ask(self, *command: Any) -> Any:
+        """ Send a command, once more if its connection was lost, and return the reply. """
         start, maybe_done = time.monotonic(), False
         if start < self._silent_until:
             raise StoreError()
-        for again, sent in (True, command), (False, whole or command):
+        for again in True, False:
             connection = None
             try:
                 if self._pool is None:
-                    reply = self.client.execute_command(*sent)
+                    reply = self.client.execute_command(*command)
                 else:
                     connection = self._connection(start)
                     connection.send_packed_command(
-                        [self._pack(sent)] if self._pack else connection.pack_command(*sent))
+                        [self._pack(command)] if self._pack else connection.pack_command(*command))
                     reply = connection.read_response()
                     self._free.append((start, connection))  # after an error it is dropped
                 break
@@ -1160,17 +1076,19 @@ class RedisStore(Store):
                 maybe_done |= not (answered or self._pool and connection is None)
                 if time.monotonic() - start > self._SLOW and not answered:
                     again, self._silent_until = False, time.monotonic() + self._PAUSE
-                if not again or answered and not re.search('(?i)readonly|noscript', repr(error)):
-                    return self._fail(sent[0], error, maybe_done)
+                if not again or answered and 'readonly' not in repr(error).lower():
+                    return self._fail(command[0], error, maybe_done)
         if self._left_locked:
             with suppress(StoreError, IndexError):
                 self.unlock(*self._left_locked.pop())
         return reply
 
-    def _fail(self, command: str, error: Exception, maybe_done: bool) -> None:
+    def _fail(self, command: str, error: Exception, maybe_done: bool) -> bytes:
+        """ Raise a StoreError, or return what says that a record is damaged. """
         text = '%s: %s' % (_kind(error), error)
         if 'WRONGTYPE' in text:
-            return _log.warning('redis: a key is no session and treated as absent: %s', text)
+            _log.warning('redis: a key is no session and treated as absent: %s', text)
+            return b''
         for pattern, remedy in self._REMEDIES.items():
             text += '; ' + remedy if re.search(pattern, text) else ''
         _log.error('redis: %s failed: %s', command, text)
@@ -1219,7 +1137,7 @@ def check_store(make_store: Callable[[], Store]) -> None:
         :param make_store: called twice, for two objects on the same storage.
     """
     store, other, later = make_store(), make_store(), time.time() + 60
-    name = hashlib.sha256(os.urandom(16)).hexdigest()
+    name = os.urandom(32).hex()
     one, two, big = (_SESSION + os.urandom(40) + b'\0record' * size for size in (1, 2, 100000))
     old, new = one[:_VERSION], two[:_VERSION]
     assert (store.load(name), store.lock(name)) == (None, None), 'None is for an unknown name'
@@ -1260,11 +1178,10 @@ def _check_together(store: Store, other: Store, name: str, one: bytes, later: fl
     assert busy == ['busy', 'busy'], 'lock() keeps others out: SessionBusy at once'
     assert store.replace(name, old, two, later, lock) == two, 'the holder may save'
     store.unlock(name, lock)
-    assert other.replace(name, two[:_VERSION], one, later) == one, 'unlock() lets others save'
-    lock, record = store.lock(name) or (None, None)
-    assert record == one and other.remove(name), 'remove() ignores locks'
-    assert store.replace(name, old, two, later, lock) is None, 'what was removed is gone'
-    store.unlock(name, lock)
+    lock, record = other.lock(name) or (None, None)
+    assert record == two and store.remove(name), 'unlock() lets others lock, remove() ignores it'
+    assert other.replace(name, two[:_VERSION], one, later, lock) is None, 'what is gone is gone'
+    other.unlock(name, lock)
     with ThreadPoolExecutor(8) as pool:
         for _ in range(20):
             made = list(pool.map(lambda new: (
@@ -1508,15 +1425,14 @@ def _public(name: str) -> str:
 class _Visit:
     """ What one visitor's session is in one request.
 
-        `touched` holds the keys that this request may have changed, with the values
-        that are stored: those it set or deleted, and those whose values were handed
-        out and can be changed inside, with their forms. Once the whole dict was handed
-        out (`handed_out`), it has all that are stored.
+        While nothing that can be changed inside has left, `touched` tells what may differ:
+        the keys that were set or deleted, with the stored values. Once the whole dict or
+        such a value was handed out (`handed_out`), all keys are compared.
     """
 
     __slots__ = ('session', 'request', 'data', 'id', 'name', 'record', 'head', 'payload', 'older',
-                 'expires', 'due', 'options', 'touched', 'handed_out', 'saving', 'ended', 'moved',
-                 'cookie', 'why', 'manual', 'depth', 'snapshot', 'held')
+                 'expires', 'due', 'options', 'touched', 'handed_out', 'stored', 'saving', 'ended',
+                 'moved', 'cookie', 'why', 'manual', 'depth', 'snapshot', 'held')
 
     def __init__(self, session: Session, request: _Request) -> None:
         self.session, self.request = session, request
@@ -1531,8 +1447,9 @@ class _Visit:
         self.due = False            # this use is to be recorded
         self.options = _NOTHING     # what the head is to say instead
         self.touched: dict[Any, Any] = {}
-        self.handed_out = False     # the whole dict was
-        self.saving = _NOTHING      # the changes in what was serialized last
+        self.handed_out = False
+        self.stored: Any = None     # the payload's data, once more; None: not loaded yet
+        self.saving: Any = None     # data that were serialized, and what was loaded back of it
         self.ended = False          # by another request: nothing can be stored
         self.moved = False          # the browser sent an id that has just got a new one
         self.cookie: str | None = None  # what to tell the browser
@@ -1586,7 +1503,7 @@ class _Visit:
         except MemoryError as error:  # it may be well in a moment
             raise StoreError() from error
         self.id, self.name, self.record, self.payload = id, name, record, payload
-        self.head, self.older = head, older
+        self.head, self.older, self.stored = head, older, None
         life = (head.days or session._days) * _DAY
         self.expires, self.due = expires, not -_MONTH <= now - head.used < life / 30
         return data
@@ -1594,67 +1511,59 @@ class _Visit:
     def hand_out(self) -> dict[Any, Any]:
         """ Return the data themselves, for any change. """
         data = self.load()
-        if not self.handed_out:
-            self.touched, self.handed_out = {**self.forms(data), **self.touched}, True
+        self.handed_out = True
         return data
 
-    def forms(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
-        form = self.session._seal.form
-        return {key: value if type(value) in _PLAIN else form(value)
-                for key, value in data.items()}
+    def load_stored(self) -> dict[Any, Any]:
+        """ Return the data as they are stored, to compare with. """
+        stored: dict[Any, Any] | None = self.stored
+        if stored is None:
+            self.stored = stored = self.session._seal.loads(self.payload) if self.id else {}
+        return stored
 
-    def changes(self) -> dict[Any, Any]:
-        """ Return what differs from what is stored, with its forms. """
-        touched, data, seal = self.touched, self.data, self.session._seal
-        if not self.id:
-            return self.forms(data)
-        changed: dict[Any, Any] = {}
-        keys: dict[Any, Any] = {}
+    def changes(self) -> set[Any]:
+        """ Return the keys whose values differ from what is stored. """
+        data, touched, same, changed = self.data, self.touched, self.session._seal.same, set()
         if self.handed_out:
-            touched = {**touched, **{key: _MISSING for key in [*data] if key not in touched}}
+            stored = self.load_stored()
+            touched = {**dict.fromkeys(data, _MISSING), **stored}
+            others = {key: key for key in stored if type(key) is not str}
+            if others:  # True may be in the place of 1
+                changed = {key for key in data if not _same(key, others.get(key, key))}
         for key, old in touched.items():
             new = data.get(key, _MISSING)
-            if type(new) in _ATOMS and type(old) in _ATOMS and type(key) is str:  # nearly all
+            if type(new) in _ATOMS and type(old) in _ATOMS:  # nearly all
                 if type(new) is not type(old) or new != old:
-                    changed[key] = new
-                continue
-            if type(key) is not str and self.handed_out and key in data:
-                keys = keys or dict(zip(data, data))
-                if not _same(key, keys.get(key, key)):  # True took the place of 1
-                    old = _MISSING
-            if type(old) not in _PLAIN:
-                old = seal.form(old)
-            if type(new) not in _PLAIN:
-                new = seal.form(new)
-            if not seal.same(old, new):
-                changed[keys.get(key, key)] = new
+                    changed.add(key)
+            elif not same(old, new):
+                changed.add(key)
         return changed
 
     def pending(self) -> Any:
         """ Return the data serialized if a save would write them, else None. """
-        if not self.id and (self.ended or not self.data):
+        if not (self.touched or self.handed_out or self.options) if self.id else \
+                self.ended or not self.data:
             return None
-        changed = self.changes()
-        if self.id and not changed and not self.options:
+        payload = self.dumps()
+        if self.id and not self.options and (
+                type(payload) is not dict and payload == self.payload or not self.changes()):
             return None
-        payload = self.dumps(changed)
-        if not self.session._seal.keeps_values and not self.options and payload == self.payload:
-            return None  # json made a list of a tuple, say
         return payload
 
     def dirty(self) -> bool:
         data = self.load()
         return self.pending() is not None if self.id else bool(data) and not self.ended
 
-    def dumps(self, changed: dict[Any, Any]) -> Any:
+    def dumps(self) -> Any:
         """ Return the data serialized. What does not load back must not be stored. """
-        data, seal, self.saving = self.data.copy(), self.session._seal, changed
+        data, seal, loaded = self.data.copy(), self.session._seal, None
         try:
             payload = seal.dumps(data)
-            for key in () if seal.keeps_values else changed:
-                if not (seal.pickles and type(key) in _SURE and type(data.get(key)) in _SURE):
-                    seal.loads(payload)
-                    break
+            if not (seal.keeps_values or self.handed_out and payload == self.payload):
+                for key in data if self.handed_out or not self.id else self.touched:
+                    if not (seal.pickles and type(key) in _SURE and type(data.get(key)) in _SURE):
+                        loaded = seal.loads(payload)
+                        break
         except Exception as error:
             for key, value in data.items():
                 try:
@@ -1665,6 +1574,7 @@ class _Visit:
                         'plain values, or what identifies the object.'
                         % (key, _kind(value), reason)) from error
             raise SessionError('The session cannot be stored: %s' % error) from error
+        self.saving = data, loaded
         return payload
 
     # Saving
@@ -1673,13 +1583,10 @@ class _Visit:
         """ Store what this request changed, and tell whether that took a write. """
         if self.data is None or sys.exc_info()[1] and self.request.is_crashing():
             return False
-        payload = self.pending()
-        if payload is None:
-            return False
-        if not self.id:
-            self._switch_to(*self._create(payload, self._next_head(), None))
-            return True
-        while True:
+        while (payload := self.pending()) is not None:  # else another one wrote the same
+            if not self.id:
+                self._switch_to(*self._create(payload, self._next_head(), None))
+                return True
             stored = self._update(payload, self.session.lock_timeout)
             if stored is self.record:
                 self._mark_saved()
@@ -1688,10 +1595,8 @@ class _Visit:
                 _log.warning('session %s: its lock was lost to another request, the changes of '
                              'both are merged', _public(self.name))
             if not self._merge(stored):
-                return self._end_elsewhere()
-            payload = self.pending()
-            if payload is None:  # the other one wrote the same
-                return False
+                self._end_elsewhere()
+        return False
 
     def _update(self, payload: Any, seconds: float | None) -> Any:
         """ Store these data and return their record; or what is stored by now, if another
@@ -1725,11 +1630,13 @@ class _Visit:
         return record
 
     def _mark_saved(self) -> None:
-        """ Note what is stored. Values that can be changed inside may still be in
-            somebody's hands, and a thread of the route may have set a key meanwhile. """
-        data, touched = self.data, {**self.saving, **self.touched, **self.saving}
-        self.touched = {key: stored for key, stored in touched.items()
-                        if self.handed_out or stored is not data.get(key, _MISSING)}
+        """ Note that what was serialized last is stored. """
+        (saved, self.stored), data = self.saving, self.data
+        if self.stored is not None:  # somebody may hold what can be changed inside
+            self.handed_out = True
+        # What a thread of the route has set meanwhile is not.
+        self.touched = {key: saved.get(key, _MISSING) for key in self.touched
+                        if saved.get(key, _MISSING) is not data.get(key, _MISSING)}
         self.due, self.options = False, _NOTHING
         if self.depth:
             self.snapshot = self.payload, self.options
@@ -1739,7 +1646,7 @@ class _Visit:
             whether the session still exists. """
         if record and record == self.record:
             return self.session.clock() < self.expires
-        data, old, changed = self.data, self.session._seal.loads(self.payload), self.changes()
+        data, old, changed = self.data, self.load_stored(), self.changes()
         newest, same = self._open(self.id or '', self.name, record), self.session._seal.same
         if newest is None:
             return False
@@ -1757,8 +1664,7 @@ class _Visit:
                              'one', _public(self.name), key)
         if changed:
             _log.info('session %s: merged with a save of another request', _public(self.name))
-        touched = {**newest, **self.touched} if self.handed_out else self.touched
-        self.touched = self.forms({key: newest.get(key, _MISSING) for key in touched})
+        self.touched = {key: newest.get(key, _MISSING) for key in self.touched}
         return True
 
     def _end_elsewhere(self) -> bool:
@@ -1772,7 +1678,7 @@ class _Visit:
     def _reset(self, why: str, ended: bool) -> None:
         self.why, self.ended, self.moved, self.older = why, ended, False, False
         self.id, self.head, self.payload = None, _NO_HEAD, None
-        self.touched = dict.fromkeys(self.touched, _MISSING)
+        self.touched, self.stored = {}, None
 
     def _next_head(self, owner: str | None = None) -> _Head:
         """ Return a head that records this use, and mends what a wrong clock left. """
@@ -1833,7 +1739,7 @@ class _Visit:
                 return
             data.clear()  # a log-in begins anew, without what somebody logged out of
         if data or owner:
-            payload = self.dumps(self.changes())
+            payload = self.dumps()
             self._switch_to(*self._create(payload, self._next_head(owner), entry))
 
     def _move(self, owner: str | None, entry: _Entry) -> bool:
@@ -1844,7 +1750,7 @@ class _Visit:
             while lives:
                 now = session.clock()
                 mark = session._seal.seal(_MOVED, self.id or '', _NO_HEAD._replace(used=now))
-                new = self._create(self.dumps(self.changes()), self._next_head(owner), entry)
+                new = self._create(self.dumps(), self._next_head(owner), entry)
                 try:
                     stored = _retry_busy(
                         session.lock_timeout, '', session.store.replace, name,
@@ -1892,16 +1798,16 @@ class _Visit:
         self._reset('it was purged in this request', False)
         self.data = {} if self.data is None else self.data
         self.data.clear()
-        self.saving = _NOTHING
+        self.saving = _NOTHING, None
         self._mark_saved()
         if self.cookie or session.cookie_name + '=' in environ.get('HTTP_COOKIE', ''):
-            self.cookie = session._cookie.line(_is_https(environ), '', 0)
+            self.cookie = session._cookie.line(environ, '', 0)
 
     def _set_cookie(self) -> None:
         """ Have the browser told of the id. """
         session = self.session
         max_age = self.expires - session.clock() if self.option('permanent') > 0 else None
-        self.cookie = session._cookie.line(_is_https(self.request.environ), self.id or '', max_age)
+        self.cookie = session._cookie.line(self.request.environ, self.id or '', max_age)
 
     def option(self, name: str) -> Any:
         """ Return days or permanent, as this request sees it. """
@@ -1973,10 +1879,10 @@ class _Visit:
 
     def _restore(self, payload: Any, options: dict[str, float]) -> None:
         """ Go back to these data. """
-        data, loads, self.options = self.load(), self.session._seal.loads, options
+        data = self.load()
         data.clear()
-        data.update({} if payload is None else loads(payload))
-        self.touched, self.handed_out = self.forms(loads(self.payload) if self.id else {}), True
+        data.update({} if payload is None else self.session._seal.loads(payload))
+        self.touched, self.handed_out, self.options = {}, True, options
 
     def roll_back(self) -> None:
         """ Forget what a route that crashed did not save. """
@@ -2035,40 +1941,33 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         :param max_days: and this long after it began, however much it is used
             (OWASP ASVS 5.0, 7.3.2); None: never for that reason.
         :param permanent: False: the browser forgets the cookie when it closes.
-        :param secure: whether the cookie is for https only; None: if the request
-            that it answers came by https, as Bottle sees it.
+        :param secure: the cookie is for https only; None: if its request came by https.
         :param httponly: keep the cookie from the page's scripts.
-        :param samesite: ``'lax'``, ``'strict'``, ``'none'`` or None, for whether
-            the cookie comes with requests from other sites.
+        :param samesite: ``'lax'``, ``'strict'``, ``'none'`` or None, for requests from
+            other sites.
         :param path: the part of the host that the cookie is for.
         :param domain: a domain whose hosts all get the cookie; None: only this one.
         :param partitioned: True for a page in somebody else's frame (CHIPS).
-        :param lock_timeout: seconds that ``with session:`` waits for another
-            request of the same visitor before it raises SessionBusy.
-        :param max_logins: how many sessions one owner has at most, see `login`;
-            None: any number.
-        :param serializer: has ``dumps`` and ``loads``, like the modules json,
-            marshal or msgspec.msgpack. The memory mode needs none.
+        :param lock_timeout: seconds that ``with session:`` waits for another request of
+            the visitor before it raises SessionBusy.
+        :param max_logins: how many sessions one owner has at most; None: any number.
+        :param serializer: has ``dumps`` and ``loads``, as json, marshal or msgspec.msgpack.
 
         TypeError or ValueError say which argument is wrong and what to do.
     """
 
-    #: The plugin interface of Bottle that `apply` follows.
-    api = 2
+    api = 2  #: the plugin interface of Bottle that `apply` follows
 
     __slots__ = ('name', 'cookie_name', 'store', 'clock', 'lock_timeout', '_cookie', '_days',
                  '_permanent', '_max_age', '_max_logins', '_seal', '_owners', '_warned',
                  '__weakref__')
 
-    #: The name of the plugin, 'session' or 'session:' and another cookie's name.
-    name: str
+    name: str  #: of the plugin: 'session', or 'session:' and another cookie's name
     cookie_name: str
-    #: Where the sessions are.
     store: Store
-    #: Returns the time in seconds since the epoch. Tests may replace it:
+    #: Returns the time in seconds since the epoch; tests may replace it:
     #: ``session.clock = lambda: time.time() + 31 * 86400``.
     clock: Callable[[], float]
-    #: Seconds that ``with session:`` waits for another request of the visitor.
     lock_timeout: float
 
     def __init__(self, secret: Secret | Iterable[Secret],
@@ -2079,21 +1978,19 @@ class Session(MutableMapping):  # type: ignore[type-arg]
                  samesite: str | None = 'lax', path: str = '/', domain: str | None = None,
                  partitioned: bool = False, lock_timeout: float = 10.0,
                  max_logins: int | None = 100, serializer: Any = pickle) -> None:
-        put = functools.partial(object.__setattr__, self)
-        secrets = _check_secrets(secret)
+        for argument, value in [*locals().items()]:
+            if argument in _ARGUMENTS and argument != 'secret':
+                _check(argument, value)
+        _require(hasattr(serializer, 'dumps') and hasattr(serializer, 'loads'), 'serializer must '
+                 'have dumps() and loads(), as json and pickle do, not %s', _kind(serializer),
+                 TypeError)
+        secrets, put = _check_secrets(secret), functools.partial(object.__setattr__, self)
         self._cookie = _Cookie(cookie_name, secure, httponly, samesite, path, domain, partitioned)
         put('cookie_name', cookie_name)
         put('name', 'session' if cookie_name == 'bsession' else 'session:' + cookie_name)
-        self._days = _check_days('days', days)
-        self._max_age = math.inf if max_days is None else _check_days('max_days', max_days) * _DAY
-        self._permanent = 1 if _check_flag('permanent', permanent) else -1
-        _require(max_logins is None or type(max_logins) is int,
-                 'max_logins=%r: use a whole number, or None for no limit', max_logins, TypeError)
-        _require(max_logins is None or max_logins > 0,
-                 'max_logins=%r: use 1 or more, or None for no limit', max_logins)
-        self._max_logins = max_logins
-        self.lock_timeout = lock_timeout
-        _check_serializer(serializer)
+        self._days, self._permanent = days, 1 if permanent else -1
+        self._max_age = math.inf if max_days is None else max_days * _DAY
+        self._max_logins, self.lock_timeout = max_logins, lock_timeout
         put('store', _make_store(mode, sessions_dir))
         seal = _NoSeal if self.store.keeps_objects else _Seal
         self._seal = seal(secrets, cookie_name, serializer)
@@ -2105,14 +2002,10 @@ class Session(MutableMapping):  # type: ignore[type-arg]
                           'at the top level of the module', UserWarning, 2)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == 'lock_timeout':
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            _require(number and 0 <= value <= 86400,
-                     'lock_timeout=%r: use a number of seconds, 0 or more', value)
-        elif name == 'clock':
-            _require(callable(value), 'clock must be a callable that returns seconds since the '
-                     'epoch, as time.time does, not %s', _kind(value), TypeError)
-            self.store.clock = value
+        if name in ('lock_timeout', 'clock'):
+            _check(name, value)
+            if name == 'clock':
+                self.store.clock = value
         elif not (name[:1] == '_' and name in Session.__slots__
                   or getattr(getattr(type(self), name, None), 'fset', None)):
             remedy = 'session.login(owner)' if name == 'owner' else 'session[%r] = ...' % name
@@ -2127,9 +2020,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     # What a request does
 
     def connect(self) -> None:
-        """ Tie this object to the current request. It costs no I/O until data is
-            asked for, can be repeated, and the first use of the session implies it.
-            RuntimeError outside of a request. """
+        """ Tie this object to the current request, as the first use of the session
+            does, too. It costs no I/O. RuntimeError outside of a request. """
         self._visit()
 
     @property
@@ -2145,15 +2037,11 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         data.update(content)
 
     def save(self) -> bool:
-        """ Write what changed, if anything did, and tell whether that was so.
-
-            Keys that this request changed are put on top of the newest stored
-            version. After a log-out elsewhere nothing is written. SessionError for
-            a value that cannot be serialized, SessionBusy after `lock_timeout`
-            seconds in another request's ``with`` block, StoreError if the store
-            fails. In memory mode it happens at the end of the request by itself. In
-            a hook that runs after the route crashed nothing is written.
-        """
+        """ Write what changed, on top of the newest stored version, and tell whether
+            anything did. Nothing is written after a log-out elsewhere, nor in a hook
+            that runs after the route crashed. SessionError for a value that cannot be
+            serialized, SessionBusy after `lock_timeout` seconds in another request's
+            ``with`` block, or StoreError. Memory mode saves at the end by itself. """
         return self._visit().save()
 
     @property
@@ -2167,17 +2055,14 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             request starts a new one. StoreError changes nothing. """
         self._visit().purge()
 
-    def clear(self) -> None:
-        """ The same as `purge()`; ``session.data.clear()`` only empties the data. """
-        self.purge()
+    clear = purge  # ``session.data.clear()`` only empties the data
 
     def regenerate(self) -> None:
         """ Give the session a new id and keep its data, with what was not saved
-            yet. Call it at log-in, so that an id planted before is worth nothing
-            (session fixation, OWASP ASVS 5.0, 7.2.4). The old id is dead when this
-            returns; for a minute, requests that still come with it read as empty
-            and store nothing. StoreError changes nothing, or, where the server fell
-            silent, tells the browser the new id. """
+            yet: at log-in an id that was planted must be worth nothing (session
+            fixation, OWASP ASVS 5.0, 7.2.4). The old id is dead when this returns; for
+            a minute, requests that come with it read as empty and store nothing.
+            StoreError changes nothing, or the browser is told the new id. """
         self._visit().regenerate()
 
     @property
@@ -2207,7 +2092,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
 
     @days.setter
     def days(self, days: float) -> None:
-        self._loaded().set_option('days', float(_check_days('days', days)))
+        _check('days', days)
+        self._loaded().set_option('days', float(days))
 
     @property
     def permanent(self) -> bool:
@@ -2216,19 +2102,20 @@ class Session(MutableMapping):  # type: ignore[type-arg]
 
     @permanent.setter
     def permanent(self, permanent: bool) -> None:
-        self._loaded().set_option('permanent', 1 if _check_flag('permanent', permanent) else -1)
+        _check('permanent', permanent)
+        self._loaded().set_option('permanent', 1 if permanent else -1)
 
     def explain(self) -> str:
         """ Return why the session is what it is, in one sentence, for debugging. """
-        visit = self._loaded()
-        why_not = self._cookie.why_not_sent(visit.request.environ)
-        parts = ['There is no stored session: ' + visit.why]
-        if visit.id:
-            age = timedelta(seconds=int(max(0, self.clock() - visit.head.created)))
+        visit, environ = self._loaded(), _current.get().environ
+        why_not, age = self._cookie.why_not_sent(environ), self.clock() - visit.head.created
+        if not visit.id:
+            parts = ['There is no stored session: ' + visit.why]
+        elif visit.id not in self._cookie.ids(environ):
+            parts = ['Session %s is new: it was stored in this request' % self.id]
+        else:
             parts = ['Session %s was loaded; it began %s ago and holds %d keys'
-                     % (self.id, age, len(self))]
-            if visit.id not in self._cookie.ids(visit.request.environ):
-                parts = ['Session %s is new: it was stored in this request' % self.id]
+                     % (self.id, timedelta(seconds=int(max(0, age))), len(self))]
         if why_not:
             parts.append('the browser cannot send its cookie here: ' + why_not)
         if visit.older:
@@ -2238,10 +2125,9 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         return '; '.join(parts) + '.'
 
     def __enter__(self) -> Session:
-        """ Begin an exclusive transaction on this visitor's session: take its lock
-            and read the newest data. The end of the block saves, also after
-            `redirect()`, `abort()` or another raised HTTPResponse; any other
-            exception undoes what the block changed and did not save itself. """
+        """ Take this visitor's lock and read the newest data. The end of the block
+            saves, also after `redirect()`, `abort()` or another raised HTTPResponse;
+            any other exception undoes what the block changed and did not save. """
         self._visit().enter()
         return self
 
@@ -2257,8 +2143,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             :param note: for `logins`, the user agent for example; cut at 500 characters.
         """
         visit = self._visit()
-        _check_owner(owner)
-        _require(isinstance(note, str), 'note must be a str, not %s', _kind(note), TypeError)
+        _check('owner', owner)
+        _check('note', note)
         visit.regenerate(owner, note[:500])
         try:
             if self._max_logins:
@@ -2291,9 +2177,9 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         """ End all sessions of this owner, for "log out everywhere", or the one with
             this `id`, as `logins` gives it; return how many. They are ended as by
             `purge()`. It works outside of requests, too. """
-        _check_owner(owner)
-        _require(id is _MISSING or isinstance(id, str), 'revoke(owner, id) needs the id of one of '
-                 'logins(), a str, not %r; revoke(owner) ends all', id, TypeError)
+        _check('owner', owner)
+        if id is not _MISSING:
+            _check('id', id)
 
         def wanted(name: str) -> bool:
             return id is _MISSING or id == _public(name)
@@ -2312,7 +2198,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def _name_here(self, owner: str | None) -> str:
         """ Return the name of this request's session if it is this owner's, or ''. """
         if owner is not None:
-            _check_owner(owner)
+            _check('owner', owner)
             if not _current.get().environ:
                 return ''
         return self._visit().name if owner in (None, self.owner) else ''
@@ -2321,26 +2207,16 @@ class Session(MutableMapping):  # type: ignore[type-arg]
 
     def __getitem__(self, key: Any) -> Any:
         visit = self._visit()
-        data = visit.data
-        value = (visit.load() if data is None else data)[key]
-        if not (type(value) in _PLAIN or visit.handed_out or key in visit.touched
-                or self._seal.keeps_values):
-            visit.touched.setdefault(key, self._seal.form(value))
+        value = visit.load()[key]
+        if type(value) not in _PLAIN and not self._seal.keeps_values:
+            visit.handed_out = True
         return value
 
     def __setitem__(self, key: Any, value: Any) -> None:
         visit = self._visit()
         data = visit.load()
-        if not visit.handed_out:
-            visit.touched.setdefault(key, data.get(key, _MISSING))
+        visit.touched.setdefault(key, data.get(key, _MISSING))
         data[key] = value
-
-    def __delitem__(self, key: Any) -> None:
-        visit = self._visit()
-        data = visit.load() if type(key) is str else visit.hand_out()
-        old = data.pop(key)
-        if not visit.handed_out:
-            visit.touched.setdefault(key, old)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._visit().load())
@@ -2354,14 +2230,15 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def get(self, key: Any, default: Any = None, /) -> Any:
         return self[key] if key in self else default
 
-    keys, values, items, pop, popitem, copy, __or__, __ror__, __reversed__ = map(_of_the_data, (
-        'keys', 'values', 'items', 'pop', 'popitem', 'copy', '__or__', '__ror__', '__reversed__'))
+    keys, values, items, pop, popitem, copy, __delitem__, __or__, __ror__, __reversed__ = map(
+        _of_the_data, ('keys', 'values', 'items', 'pop', 'popitem', 'copy', '__delitem__',
+                       '__or__', '__ror__', '__reversed__'))
 
     def update(self, /, *args: Any, **kwargs: Any) -> None:
         visit, new = self._visit(), dict(*args, **kwargs)
-        data = visit.load()
-        if not visit.handed_out:
-            visit.touched = {**{key: data.get(key, _MISSING) for key in new}, **visit.touched}
+        data, touch = visit.load(), visit.touched.setdefault
+        for key in new:
+            touch(key, data.get(key, _MISSING))
         data.update(new)
 
     def __ior__(self, other: Any) -> Session:  # type: ignore[misc]
@@ -2369,9 +2246,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
         return self
 
     def __eq__(self, other: object) -> bool:  # Bottle keeps plugins in lists
-        if isinstance(other, Session):
-            return self is other
-        return self.data == other if isinstance(other, Mapping) else NotImplemented
+        return self is other if isinstance(other, Session) else super().__eq__(other)
 
     __hash__ = object.__hash__
 
@@ -2381,8 +2256,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     # About the object
 
     def sweep(self, progress: Progress = None) -> int:
-        """ Remove all sessions that have expired and return how many; requests
-            remove them too, little by little. It works outside of requests. """
+        """ Remove all sessions that have expired, as requests do little by little,
+            and return how many. It works outside of requests. """
         return self.store.sweep(self.clock(), progress)[0]
 
     def issue_cookie(self, data: Mapping[Any, Any]) -> dict[str, str]:
@@ -2404,7 +2279,7 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def _visit(self) -> _Visit:
         """ Return this request's visit. """
         request = _current.get()
-        return request.visits.get(self) or _begin_visit(self, request)
+        return request.visits.get(self) or request.begin(self)
 
     def _loaded(self) -> _Visit:
         visit = self._visit()
@@ -2430,9 +2305,8 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             argument = inspect.signature(route.callback).parameters.get('session')
         except (TypeError, ValueError):  # a callable that does not tell
             argument = None
-        if argument and argument.kind in (argument.POSITIONAL_OR_KEYWORD, argument.KEYWORD_ONLY):
-            return functools.partial(callback, session=self)  # a wildcard <session> comes first
-        return callback
+        # A wildcard <session> comes first.
+        return functools.partial(callback, session=self) if argument else callback
 
     def _saves_itself(self, request: _Request) -> bool:
         """ Tell whether this request saves without being told. """
@@ -2440,10 +2314,10 @@ class Session(MutableMapping):  # type: ignore[type-arg]
             return True
         plugins = list(request.app.plugins)
         for route in filter(None, (*request.mounts, request.environ.get('bottle.route'))):
-            for skip in route.skiplist:
-                if skip is self or skip is Session or skip == self.name or (
-                        skip is True and route not in request.mounts):  # which have it anyway
-                    return False
+            skips = route.skiplist
+            if self in skips or type(self) in skips or self.name in skips or (
+                    True in skips and route not in request.mounts):  # which have it anyway
+                return False
             plugins += route.app.plugins + route.plugins
         return id(self) in map(id, plugins)  # `==` of somebody's plugin may raise
 
@@ -2452,34 +2326,71 @@ def _utc(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, timezone.utc)
 
 
-def _check_days(argument: str, days: float) -> float:
-    _require(isinstance(days, (int, float)) and not isinstance(days, bool),
-             argument + ' must be a number, not %s', _kind(days), TypeError)
-    _require(0 < days <= 10_000_000, argument + '=%r: use a number of days greater than 0', days)
-    return days
+_FLAG = object, lambda flag: type(flag) is bool, 'True or False'
+_DAYS = (int, float), lambda days: 0 < days <= 10_000_000, 'a number of days greater than 0'
+_OPTIONAL = {'max_days', 'secure', 'samesite', 'domain', 'max_logins'}  # they may be None
+#: What is asked of an argument: its type (else TypeError), what holds for a right one (else
+#: ValueError), and how both are said.
+_ARGUMENTS: dict[str, tuple[Any, Callable[[Any], Any], str]] = {
+    'secret': ((str, bytes), len, 'a str, bytes or a list of them, such as "python -m '
+               'bottle_session secret" prints'),
+    'sessions_dir': ((str, os.PathLike), lambda path: os.fspath(path) and '\0' not in str(path),
+                     'a str or a path, the name of a directory'),
+    'cookie_name': (str, re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+").fullmatch,
+                    'a str of letters, digits, "-" and "_"'),
+    'days': _DAYS, 'max_days': _DAYS,
+    'permanent': _FLAG, 'secure': _FLAG, 'httponly': _FLAG, 'partitioned': _FLAG,
+    'samesite': (object, re.compile('lax|strict|none', re.I).fullmatch,
+                 "'lax', 'strict', 'none'"),
+    'path': (object, re.compile('/[!-:<-~]*').fullmatch,
+             "a path that starts with '/', without ';', spaces or characters beyond ASCII"),
+    'domain': (object, re.compile('[A-Za-z0-9.-]+').fullmatch,
+               "a host name in ASCII ('xn--...' for others)"),
+    'lock_timeout': (object, lambda seconds: type(seconds) is not bool and 0 <= seconds <= 86400,
+                     'a number of seconds, 0 or more'),
+    'max_logins': (int, lambda number: number > 0, 'a whole number, 1 or more'),
+    'clock': (Callable, callable,
+              'a callable that returns seconds since the epoch, as time.time does'),
+    'owner': (str, len, "a str, the user's stable name, such as str(user.id)"),
+    'note': (str, lambda note: True, 'a str'),
+    'id': (str, lambda id: True, 'a str, the id of one of logins(); revoke(owner) ends all')}
 
 
-def _check_owner(owner: str) -> None:
-    _require(isinstance(owner, str), 'owner must be a str, not %s: use the stable name of the '
-             'user, such as str(user.id)', _kind(owner), TypeError)
-    _require(owner, 'owner is empty%s: use the stable name of the user', '')
+def _check(argument: str, value: Any) -> None:
+    """ Raise TypeError or ValueError, with what to use instead, for a wrong argument. """
+    kind, is_right, what = _ARGUMENTS[argument]
+    if argument in _OPTIONAL:
+        if value is None:
+            return
+        what += ', or None'
+    if not isinstance(value, kind) or type(value) is bool and kind is not object:
+        raise TypeError('%s must be %s, not %s' % (argument, what, _kind(value)))
+    with suppress(TypeError):  # of a value that cannot be asked
+        if is_right(value):
+            return
+    wrong = argument + ' is empty' if value == '' else '%s=%r' % (argument, value)
+    raise ValueError('%s: use %s' % (wrong, what))
 
 
-def _check_serializer(serializer: Any) -> None:
-    _require(callable(getattr(serializer, 'dumps', None))
-             and callable(getattr(serializer, 'loads', None)),
-             'serializer must have dumps() and loads(), as json and pickle do, not %s',
-             _kind(serializer), TypeError)
-    empty = serializer.dumps({})
-    _require(isinstance(empty, (str, bytes)) and serializer.loads(empty) == {}, 'serializer: '
-             'dumps({}) gave %r, and not str or bytes of which loads() makes {}', empty)
+def _require(condition: Any, message: str, value: Any,
+             error: type[Exception] = ValueError) -> None:
+    """ Raise this error about an argument unless the condition holds. """
+    if not condition:
+        raise error(message % (value,))
+
+
+def _check_secrets(secret: Any) -> list[bytes]:
+    secrets = secret if isinstance(secret, (list, tuple)) else [secret]
+    for one in secrets or ['']:
+        _check('secret', one)
+    raw = [one.encode(*_UTF8) if isinstance(one, str) else one for one in secrets]
+    if min(map(len, raw)) < 16:
+        warnings.warn('secret is shorter than 16 bytes: use one that "python -m bottle_session '
+                      'secret" prints, and keep it out of the code', UserWarning, 3)
+    return raw
 
 
 def _make_store(mode: str | Store, sessions_dir: str | os.PathLike[str]) -> Store:
-    _require(isinstance(sessions_dir, (str, os.PathLike)),
-             'sessions_dir must be a str or a path, not %s', _kind(sessions_dir), TypeError)
-    _require(os.fspath(sessions_dir) and '\0' not in str(sessions_dir),
-             'sessions_dir=%r is no name of a directory', sessions_dir)
     if isinstance(mode, Store):
         return mode
     if mode == 'memory':
@@ -2504,13 +2415,11 @@ def _make_store(mode: str | Store, sessions_dir: str | os.PathLike[str]) -> Stor
 # The one door: Bottle.wsgi, wrapped once. It sees each request begin and end, and
 # has the last word on the headers. The request that is running is in a ContextVar:
 # Bottle's `request` names the last one of a thread long after its end, and the
-# inner one after a route has called another app. What has crashed, and where, Bottle
-# tells nobody but the HTTPError that it makes of it.
+# inner one after a route has called another app. That a route or generator crashed,
+# Bottle tells nobody but the HTTPError that it answers with, so this says it, too.
 _bottle_wsgi = bottle.Bottle.wsgi
-_bottle_error = HTTPError.__init__
 _handle_code = bottle.Bottle._handle.__code__
-_GENERATED = itertools.chain, map, bottle._closeiter  # what Bottle makes of a generator
-_VARIES = re.compile(r'(?:^|[,\s])(?:cookie|\*)(?:$|[,\s])', re.I).search
+_GENERATED = {itertools.chain, map, bottle._closeiter}  # what Bottle makes of a generator
 
 
 def _raise_outside() -> NoReturn:
@@ -2528,14 +2437,32 @@ class _Request:
         self.app, self.environ, self.start_response = app, environ, start_response
         self.mounts: tuple[Any, ...] = ()  # the routes of mounted apps that led to this one
         self.visits: dict[Session, _Visit] = _NOTHING
-        self.sent = False        # the headers are
-        self.crashed = False     # or it failed by an error of ours
-        self.before: Any = None  # the exception that was on its way when the request began
+        self.sent = False         # the headers are
+        self.crashed = False      # a route did, or something of ours
+        self.before: Any = None   # the exception that was on its way when the request began
         self.failure: Any = None  # the body of an error, instead of the route's
 
     def rule(self) -> str:
         route = self.environ.get('bottle.route')
         return route.rule if route else 'A request without a route'
+
+    def begin(self, session: Session) -> _Visit:
+        """ Begin the visit, when this request uses the session for the first time. """
+        if not self.environ:
+            _raise_outside()
+        for other in self.visits:
+            if other.cookie_name == session.cookie_name:
+                raise RuntimeError('Two Session objects with the cookie %r are used in one '
+                                   'request: make one for all, or give one of them another '
+                                   'cookie_name.' % session.cookie_name)
+        if session._seal.keeps_values and self.environ.get('wsgi.multiprocess') \
+                and 'processes' not in session._warned:
+            session._warned.add('processes')
+            _log.warning("mode='memory' under a server with several processes: each of them has "
+                         "sessions of its own. Use mode='file', or a redis URL for several hosts.")
+        visit = _Visit(session, self)
+        self.visits = {**self.visits, session: visit}
+        return visit
 
     def is_crashing(self) -> bool:
         """ Tell whether an exception that the route did not catch is on its way through
@@ -2543,7 +2470,7 @@ class _Request:
         error = sys.exc_info()[1]
         while error is not None and error is not self.before:
             trace = error.__traceback__
-            if trace is not None and trace.tb_frame.f_code is _handle_code:
+            if trace and trace.tb_frame.f_code is _handle_code:
                 return True
             error = error.__context__
         return False
@@ -2560,29 +2487,29 @@ class _Request:
             if exc_info and sys.exc_info()[1] is exc_info[1]:  # an error handler crashed
                 self.crash()
             try:
-                self.finish(not self.crashed)
+                self.finish()
             except Exception as error:
-                status, headers, exc_info = self._fail(error)
+                status, headers, exc_info = self.fail(error)
             for visit in self.visits.values():
                 present = dict(headers)
                 if visit.cookie:
                     headers.append(('Set-Cookie', visit.cookie))
                     if 'Cache-Control' not in present:
                         headers.append(('Cache-Control', 'no-store'))
-                if visit.data is not None and not (
-                        'Vary' in present and _VARIES(present['Vary'])):
+                if visit.data is not None and not ('Vary' in present and re.search(
+                        r'(?i)(^|[,\s])(cookie|\*)($|[,\s])', present['Vary'])):
                     headers.append(('Vary', 'Cookie'))
         write = self.start_response(status, headers, exc_info)
         self.sent = True  # a server may refuse the headers, then Bottle comes again
         return write
 
-    def finish(self, saves: bool) -> None:
+    def finish(self) -> None:
         """ Let the visits that may have changed something do what is left to do. """
         for visit in self.visits.values():
             if visit.touched or visit.handed_out or visit.due or visit.options:
-                visit.finish(saves)
+                visit.finish(not self.crashed)
 
-    def _fail(self, error: Exception) -> Any:
+    def fail(self, error: Exception) -> Any:
         """ Answer with this error instead. """
         if not isinstance(error, HTTPError):
             if not self.app.catchall:
@@ -2593,6 +2520,30 @@ class _Request:
         self.failure = [] if self.environ['REQUEST_METHOD'] == 'HEAD' else body
         return bottle.response.status_line, bottle.response.headerlist, None
 
+    def run(self, step: Callable[..., Any], *args: Any) -> Any:
+        """ Go on with a generator's body. """
+        token = _current.set(self)
+        try:
+            return step(*args)
+        except BaseException:
+            self.crashed = True
+            raise
+        finally:
+            _current.reset(token)
+
+    def close(self, body: Any) -> None:
+        """ End a generator's body, and the request with it. """
+        try:
+            if hasattr(body, 'close'):
+                body.close()
+            self.finish()
+        except SessionError as error:  # too late to answer with it
+            self.crashed = True
+            _log.warning('%s: a change after the first chunk was not saved: %s',
+                         self.rule(), error)
+        finally:
+            self.end()
+
     def end(self) -> None:
         """ The request is over: nothing of it can be used any more. """
         for visit in self.visits.values():
@@ -2600,7 +2551,7 @@ class _Request:
                 visit.warn_if_changed()
             if visit.held:
                 visit.unlock()
-        self.visits, self.environ = {}, {}
+        self.visits = self.environ = _NOTHING
 
 
 _current = ContextVar('bottle_session.request', default=_Request(None, {}, None))
@@ -2615,100 +2566,49 @@ def _wsgi(app: bottle.Bottle, environ: dict[str, Any], start_response: Any) -> A
             return _bottle_wsgi(app, environ, start_response)
         request.before = sys.exc_info()[1]
     token = _current.set(request)
-    body = None
+    goes_on = False
     try:
         body = _bottle_wsgi(app, environ, request.start)
         if request.failure is not None:
             if hasattr(body, 'close'):
                 body.close()
             body = request.failure
-        if type(body) is not list and isinstance(body, _GENERATED):
-            body = _Body(request, body)
-        return body  # a server must get a list or a file as it is
+        if type(body) in _GENERATED:  # a server must get a list or a file as it is
+            body, goes_on = _run_on(request, body), True
+            next(body)
+        return body
     except BaseException:
         request.crashed = True
         raise
     finally:
         _current.reset(token)
-        if type(body) is not _Body:
+        if not goes_on:
             if request.visits:
                 request.end()
-            request.environ = {}
+            request.environ = _NOTHING
 
 
-def _init_error(error: HTTPError, *args: Any, **kwargs: Any) -> None:
-    _bottle_error(error, *args, **kwargs)
-    if error.traceback:  # abort() has none
+def _run_on(request: _Request, body: Any) -> Iterator[bytes]:
+    """ Yield a generator's chunks: the request goes on while it runs, and ends with it. """
+    chunks = iter(body)
+    chunk: Any = b''  # the first is for us: what never began is never closed
+    try:
+        while chunk is not _MISSING:
+            yield chunk
+            chunk = request.run(next, chunks, _MISSING)
+    finally:
+        request.run(request.close, body)
+
+
+def _apply_error(error: HTTPError, other: Any) -> None:
+    """ Have the error become the answer. """
+    if getattr(error, 'traceback', None) or isinstance(error, SessionError):  # abort() has none
         _current.get().crash()
+    HTTPResponse.apply(error, other)
 
 
 bottle.Bottle.wsgi = _wsgi
-HTTPError.__init__ = _init_error
-
-
-def _begin_visit(session: Session, request: _Request) -> _Visit:
-    """ Return the visit of a request that uses the session for the first time. """
-    if not request.environ:
-        _raise_outside()
-    for other in request.visits:
-        if other.cookie_name == session.cookie_name:
-            raise RuntimeError('Two Session objects with the cookie %r are used in one request: '
-                               'make one for all, or give one of them another cookie_name.'
-                               % session.cookie_name)
-    if session._seal.keeps_values and request.environ.get('wsgi.multiprocess') \
-            and 'processes' not in session._warned:
-        session._warned.add('processes')
-        _log.warning("mode='memory' under a server with several processes: each of them has "
-                     "sessions of its own. Use mode='file', or a redis URL for several hosts.")
-    visit = _Visit(session, request)
-    request.visits = {**request.visits, session: visit}
-    return visit
-
-
-class _Body:
-    """ A generator's body: the request goes on while it runs, and ends with it. """
-
-    def __init__(self, request: _Request, body: Any) -> None:
-        self._request, self._body, self._chunks = request, body, iter(body)
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self
-
-    def __next__(self) -> bytes:
-        return self._resume(next, self._chunks)  # type: ignore[no-any-return]
-
-    def close(self) -> None:
-        try:
-            self._resume(self._finish)
-        finally:
-            self._request.end()
-
-    def _finish(self) -> None:
-        request = self._request
-        if hasattr(self._body, 'close'):
-            self._body.close()
-        try:
-            request.finish(not request.crashed)
-        except SessionError as error:  # too late to answer with it
-            request.crashed = True
-            _log.warning('%s: a change after the first chunk was not saved: %s',
-                         request.rule(), error)
-
-    def _resume(self, step: Callable[..., Any], *args: Any) -> Any:
-        token = _current.set(self._request)
-        try:
-            return step(*args)
-        except StopIteration:
-            raise
-        except BaseException:
-            self._request.crashed = True
-            raise
-        finally:
-            _current.reset(token)
-
-    def __del__(self) -> None:  # a server did not close it
-        if self._request.environ:
-            self.close()
+HTTPError.apply = _apply_error
 
 
 ###############################################################################
@@ -2716,36 +2616,32 @@ class _Body:
 ###############################################################################
 
 
-def _main(arguments: list[str] | None = None) -> int:
+def _main() -> None:
     import argparse
     parser = argparse.ArgumentParser(
         prog='python -m bottle_session', description='Helps with the sessions of a Bottle app.',
         epilog='Exit codes: 0 done, 1 the store failed, 2 wrong arguments.')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
-    commands.add_parser('secret', help='print a good secret', description='Print a new secret: '
-                        '256 random bits. Keep it out of the code, for example in an environment '
-                        'variable; who changes it lists the new one first: Session([new, old]).')
-    sweep = commands.add_parser(
-        'sweep', help='remove the sessions that have expired',
-        description='Remove the sessions that have expired. It needs neither secret nor days.')
+    commands.add_parser('secret', help='print a new secret: 256 random bits, to be kept out of '
+                        'the code. Who changes it lists the new one first: Session([new, old])')
+    sweep = commands.add_parser('sweep', help='remove the sessions that have expired, for which '
+                                'neither secret nor days are needed')
     sweep.add_argument('store', metavar='DIR|URL',
                        help='the sessions_dir of a file mode, or a redis URL')
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     if options.command == 'secret':
-        print(_new_id())
-        return 0
+        return print(_new_id())
+    path = options.store
     try:
-        if '://' not in options.store and not os.path.isdir(options.store):
-            parser.error('%s is no directory' % options.store)
-        store = _make_store(options.store if '://' in options.store else 'file', options.store)
-        print('removed %d, left %d' % store.sweep(
-            time.time(), _show_progress if sys.stderr.isatty() else None))
-        return 0
+        if '://' not in path and not os.path.isdir(path):
+            parser.error('%s is no directory' % path)
+        store = _make_store(path if '://' in path else 'file', path)
+        progress = _show_progress if sys.stderr.isatty() else None
+        print('removed %d, left %d' % store.sweep(time.time(), progress))
     except (ImportError, ValueError) as error:
         parser.error(str(error))
     except StoreError as error:
-        print('%s: %s' % (options.store, error.__cause__ or error), file=sys.stderr)
-        return 1
+        parser.exit(1, '%s: %s\n' % (path, error.__cause__ or error))
 
 
 def _show_progress(share: float) -> None:
@@ -2755,4 +2651,4 @@ def _show_progress(share: float) -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(_main())
+    _main()

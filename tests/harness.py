@@ -312,7 +312,7 @@ class Place:
             names = [os.path.basename(folder) + file
                      for folder, _, files in os.walk(self.directory) for file in files]
         elif self.url:
-            names = [key.decode().partition(':')[2] for key in self.client.scan_iter()]
+            names = [key.decode()[10:-1] for key in self.client.scan_iter('bsession:{*}')]
         records = {name: self.store().load(name) for name in names}
         return {name: record for name, record in records.items() if record is not None}
 
@@ -324,7 +324,7 @@ class Place:
     def write(self, name, record):
         """ Put another record in place of what is stored, as an attacker might. """
         if self.url:
-            self.client.hset('bsession:' + name, 'r', record)
+            self.client.set('bsession:{%s}' % name, record)
         else:
             store = self.store()
             store.replace(name, store.load(name)[:16], record, time.time() + 99 * DAY)
@@ -333,8 +333,8 @@ class Place:
         """ Have all leases end, as if their holders had slept for too long. """
         for name, lock in self.shared.locks:
             self.shared.unlock(name, lock)
-        for key in self.client.scan_iter() if self.url else ():
-            self.client.hdel(key, 'l', 'u')
+        for key in self.client.scan_iter('*lock') if self.url else ():
+            self.client.delete(key)
 
 
 def missing(what):

@@ -178,7 +178,7 @@ def test_readme_its_first_commands_are_those_that_ci_runs():
     """ .ci/run takes them from there. Nobody is told to install what is not on the index. """
     commands = blocks('console')[0][1].split('\n')
     assert [line.rpartition(' && ')[2] for line in commands if line] == [
-        'venv/bin/python examples/counter.py', 'venv/bin/python -m pytest']
+        'venv/bin/python examples/counter.py', 'venv/bin/python -m pytest -n 2']
     for name in 'README.rst', 'CONTRIBUTING.rst', 'examples/production/README.rst':
         assert not re.search(r'install bottle-(secure-)?session', text_of(*name.split('/')))
 

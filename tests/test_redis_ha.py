@@ -217,7 +217,7 @@ def client_of(servers):
 
 def key_of(server, session, cookie):
     name = within(lambda: session.id, cookie).value
-    return any(name in key.decode() for key in server.admin.keys('bsession:' + name + '*'))
+    return any(name in key.decode() for key in server.admin.keys('bsession:{' + name + '*'))
 
 
 def test_a_cluster_works_and_a_killed_master_is_503_until_its_replica_takes_over(cluster):
