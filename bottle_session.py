@@ -46,7 +46,7 @@ import zlib
 from base64 import urlsafe_b64encode
 from collections import OrderedDict, deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from contextvars import ContextVar
 from datetime import date, datetime, timedelta, timezone
 from hashlib import blake2b
@@ -483,20 +483,17 @@ class MemoryStore(Store):
             if name in self._records:
                 return False
             self._records[name] = record, expires
-            for oldest in list(itertools.islice(self._records, 2)):  # faster than it grows
-                self._drop_expired(oldest, self.clock())
+            self._clean(itertools.islice(self._records, 2), self.clock())  # faster than it grows
             return True
 
     def replace(self, name: str, version: Any, record: Any, expires: float,
                 lock: Any = None, durable: bool = False) -> Any:
         with self._mutex:
             stored = self.load(name)
-            if stored is None:
-                return None
+            if stored is None or stored[:_VERSION] != version:
+                return stored
             if self._locks.get(name, lock) is not lock:
                 raise SessionBusy()
-            if stored[:_VERSION] != version:
-                return stored
             self._records[name] = record, expires
             return record
 
@@ -525,17 +522,17 @@ class MemoryStore(Store):
 
     def sweep(self, now: float, progress: Progress = None) -> tuple[int, int]:
         with self._mutex:
-            sessions = {name: _kind_of(found[0]) == _SESSION
-                        for name, found in self._records.items()}
-            went = sum(self._drop_expired(name, now) and sessions[name] for name in sessions)
-            return went, sum(sessions.values()) - went
+            sessions = {name for name, (record, _) in self._records.items()
+                        if _kind_of(record) == _SESSION}
+            self._clean(self._records, now)
+            left = len(sessions.intersection(self._records))
+            return len(sessions) - left, left
 
-    def _drop_expired(self, name: str, now: float) -> bool:
-        self._records.move_to_end(name)
-        expired = self._records[name][1] <= now and name not in self._locks
-        if expired:
-            del self._records[name]
-        return expired
+    def _clean(self, names: Iterable[str], now: float) -> None:
+        for name in list(names):
+            self._records.move_to_end(name)
+            if self._records[name][1] <= now and name not in self._locks:
+                del self._records[name]
 
 
 # A session's file, and its life:
@@ -543,27 +540,25 @@ class MemoryStore(Store):
 #   0     8                         2048                      4096
 #   magic | head 1 | record         | head 2 | record         | bigger records ...
 #
-# A save writes the slot that is not current, with the next number: a reader takes
-# the newest slot whose checksum is right, so it finds the old record or the new
-# one, whenever the process dies. No rename (ext4 takes 80 us for one) and no
-# temporary file. A record that does not fit into its slot goes behind the page,
-# where the current one is not; a small one returns to the page, and what neither
-# slot needs any more is cut off. A file without a whole record is none: whoever was
-# making it died, and create() may go on with it.
+# Saves are numbered: odd ones write slot 1, even ones slot 2. A reader takes the
+# newest slot whose checksum is right, so it finds the old record or the new one,
+# whenever the process dies. No rename (80 us on ext4) and no temporary file. A record
+# that does not fit into its slot goes behind the page, where the current one is not;
+# a small one returns to the page, and what neither slot needs any more is cut off.
+# A file without a record is none: whoever made it died, and create() may go on.
 _PAGE = 4096
-_MAGIC = b'BSess 2\n'
+_MAGIC = b'BSess 3\n'
 _NEW = _MAGIC.ljust(_PAGE, b'\0')  # the page of a file without a record
-_ONE, _TWO = len(_MAGIC), _PAGE // 2  # where the slots begin
-#: A head: checksum of the rest and the record, number, expires, the record's offset and length.
-_SLOT = struct.Struct('>IQdII')
-_NUMBER_ONE, _NUMBER_TWO = (slice(at + 4, at + 12) for at in (_ONE, _TWO))
-_SMALL = _TWO - _ONE - _SLOT.size  # bytes of a record that fits into either slot
-_MAX_RECORD = 64 * 1024 * 1024   # bytes; a bigger one is foreign, or a mistake
+_ODD, _EVEN = len(_MAGIC), _PAGE // 2  # where the slots begin
+#: A head: number, checksum of that and the record, expires, the record's offset and length.
+_SLOT = struct.Struct('>QIdII')
+_SMALL = _EVEN - _ODD - _SLOT.size  # bytes of a record that fits into either slot
+_MAX_RECORD = 64 * 1024 * 1024  # bytes; a bigger one is foreign, or a mistake
 _READING = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in (
     'O_CLOEXEC', 'O_NOFOLLOW', 'O_NONBLOCK', 'O_NOCTTY', 'O_BINARY', 'O_NOINHERIT'))
 _WRITING = _READING | os.O_RDWR
 #: What opening or reading something that is no plain file says.
-_NO_FILE = {errno.EISDIR, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.EAGAIN, errno.ESPIPE}
+_NO_FILE = {errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO, errno.EAGAIN, errno.ESPIPE}
 
 
 class FileStore(Store):
@@ -577,7 +572,6 @@ class FileStore(Store):
         self.directory = os.path.abspath(os.fspath(directory))
         if os.path.lexists(self.directory) and not os.path.isdir(self.directory):
             raise ValueError('sessions_dir=%r is not a directory' % self.directory)
-        self._cleaner = self._swept(lambda: self.clock())
         self._cleaned = 0.0
 
     def load(self, name: str) -> bytes | None:
@@ -585,23 +579,20 @@ class FileStore(Store):
         try:
             fd = os.open(path, _READING)
             try:
-                page = os.read(fd, _PAGE)
-                record, _, torn = _newest(fd, page)
-                while torn and page != (again := _pread(fd, _PAGE, 0)):  # a save came between
-                    page = again
-                    record, _, torn = _newest(fd, page)
-                return record
+                page = os.read(fd, _PAGE) or _pread(fd, 1, 0)  # which no FIFO takes
+                return _newest(fd, page)[0]
             finally:
                 os.close(fd)
         except OSError as error:
-            _absent('read', path, error)
-            return None
+            return _absent('read', path, error)
 
     def create(self, name: str, record: bytes, expires: float, durable: bool = False) -> bool:
         path = self._path(name)
         try:
             file = _make_file(path)
             try:
+                if file.record:
+                    return False
                 file.save(record, expires)
                 if durable:
                     os.fsync(file.fd)
@@ -612,7 +603,7 @@ class FileStore(Store):
                 raise
             finally:
                 file.close()
-        except (FileExistsError, SessionBusy):  # busy: somebody else makes it
+        except SessionBusy:  # somebody else makes it
             return False
         except OSError as error:
             raise _failed('create', path, error) from error
@@ -623,12 +614,12 @@ class FileStore(Store):
                 lock: Any = None, durable: bool = False) -> bytes | None:
         path = self._path(name)
         try:
-            file = lock or _File(path)
+            file: _File = lock or _File(path)
             try:
                 if lock and not lock.check():  # Windows ended it in place
                     return None
-                if file.record[:_VERSION] != version:
-                    return bytes(file.record)
+                if (file.record or b'')[:_VERSION] != version:
+                    return file.record
                 file.save(record, expires)
                 if durable:
                     _sync_what_is_done(_fdatasync, file.fd, path)
@@ -636,25 +627,23 @@ class FileStore(Store):
                 if not lock:
                     file.close()
         except OSError as error:
-            _absent('write', path, error)
-            return None
+            return _absent('write', path, error)
         self._clean_a_little()
         return record
 
     def remove(self, name: str, version: bytes | None = None) -> bool:
-        path, file = self._path(name), None
+        path = self._path(name)
         try:
-            if version is not None:
-                file = _File(path)
-                if file.record[:_VERSION] != version:
-                    return False
-            _unlink(path, file.fd if file else None)
+            if version is None:
+                _unlink(path, None)
+            else:
+                with closing(_File(path)) as file:
+                    if (file.record or b'')[:_VERSION] != version:
+                        return False
+                    file.check()
+                    _unlink(path, file.fd)
         except OSError as error:
-            _absent('remove', path, error)
-            return False
-        finally:
-            if file:
-                file.close()
+            return bool(_absent('remove', path, error))
         _sync_what_is_done(_sync_directory, os.path.dirname(path), path)
         return True
 
@@ -662,16 +651,22 @@ class FileStore(Store):
         path = self._path(name)
         try:
             file = _File(path)
+            if file.record is not None:
+                return file, file.record
+            file.close()
         except OSError as error:
             _absent('lock', path, error)
-            return None
-        return file, file.record
+        return None
 
     def unlock(self, name: str, lock: Any) -> None:
         lock.close()
 
     def sweep(self, now: float, progress: Progress = None) -> tuple[int, int]:
-        went = [gone for kind, gone in self._swept(lambda: now, progress) if kind == _SESSION]
+        went: list[bool] = []
+        for shard in range(256):
+            went += self._clean(shard, now)
+            if progress:
+                progress((shard + 1) / 256)
         return sum(went), len(went) - sum(went)
 
     def _path(self, name: str) -> str:
@@ -679,112 +674,100 @@ class FileStore(Store):
             _claim(self.directory)  # type: ignore[unreachable]
         return '%s/%s/%s' % (self.directory, name[:2], name[2:])
 
-    def _swept(self, clock: Callable[[], float], progress: Progress = None
-               ) -> Iterator[tuple[bytes, bool]]:
-        """ Remove what has expired; yield what `_remove_if_expired` says of each file. """
-        for done, shard in enumerate(random.sample(range(256), 256), 1):
-            directory = self._path('%02x' % shard)
-            try:
-                with os.scandir(directory) as entries:
-                    for entry in entries:
-                        if len(entry.name) == 62 and entry.is_file(follow_symlinks=False):
-                            yield _remove_if_expired(entry.path, clock())
-            except NotADirectoryError:
-                pass
-            except OSError as error:
-                _absent('list', directory, error)
-            if progress:
-                progress(done / 256)
+    def _clean(self, shard: int, now: float, most: int | None = None) -> list[bool]:
+        """ Remove what has expired of one directory's files, or of `most` of them; tell of
+            each session whether it went. """
+        directory, went, names = self._path('%02x' % shard), [], []
+        try:
+            names = [name for name in os.listdir(directory) if len(name) == 62]
+        except OSError as error:
+            _absent('list', directory, error)
+        random.shuffle(names)
+        for path in [directory + name for name in names[:most]]:
+            with suppress(OSError, SessionBusy), closing(_File(path)) as file:  # not in use
+                expires = file.current[1]
+                if file.record is None:  # in an hour it is certain that its maker died
+                    expires = os.fstat(file.fd).st_mtime + 3600
+                if expires <= now:
+                    file.check()
+                    _unlink(path, file.fd)
+                    _log.debug('removed what has expired: %s', path)
+                if _kind_of(file.record) == _SESSION:
+                    went.append(expires <= now)
+        return went
 
     def _clean_a_little(self) -> None:
-        """ Remove expired sessions for two milliseconds, once a second. """
+        """ Remove what has expired among a few files, once a second. """
         now = self.clock()
-        if abs(now - self._cleaned) < 1:
-            return
-        self._cleaned, end = now, time.perf_counter() + 0.002
-        with suppress(StoreError, ValueError):  # it is in the log; another thread is at it
-            for _ in self._cleaner:
-                if time.perf_counter() >= end:
-                    return
-            self._cleaner = self._swept(lambda: self.clock())
+        if abs(now - self._cleaned) >= 1:
+            self._cleaned = now
+            with suppress(StoreError):  # it is in the log
+                for shard in random.sample(range(256), 4):
+                    self._clean(shard, now, 50)
 
 
 class _File:
     """ A session's file, open and with its lock taken. """
 
-    record = b''             # the newest whole one
-    current = _TWO, 0, 0, 0  # its slot: where it begins, its number, the record's offset, length
-    longer = False           # than a page
-
     def __init__(self, path: str, new: bool = False) -> None:
-        """ Raise FileNotFoundError without a record, or FileExistsError if it was to be new. """
+        """ Raise SessionBusy if somebody else has it. """
         self.fd = os.open(path, _WRITING | os.O_CREAT if new else _WRITING, 0o600)
         try:
             _flock(self.fd, _LOCK)
-            if new and not self.check():
-                return
-            page = _pread(self.fd, _PAGE + 1, 0)
-            record, self.current, _ = _newest(self.fd, page)
-            if new and record:
-                raise FileExistsError()
-            if not new and record is None:
-                raise FileNotFoundError(errno.ENOENT, 'It was removed meanwhile')
-            self.record, self.longer = record or b'', len(page) > _PAGE
+            page = b'' if new and not self.check() else _pread(self.fd, _PAGE + 1, 0)
+            self.record, self.current = _newest(self.fd, page)
+            self.longer = len(page) > _PAGE
         except BaseException as error:
             self.close()
-            if isinstance(error, BlockingIOError):
+            if isinstance(error, BlockingIOError) or new and isinstance(error, FileNotFoundError):
                 raise SessionBusy() from None
-            if new and isinstance(error, FileNotFoundError):  # somebody else had made it
-                raise FileExistsError() from None
             raise
 
     def check(self) -> int:
-        """ Return the size; OSError if it was removed or is no plain file. New ones get 0600. """
+        """ Return its size, or raise FileNotFoundError if it was removed meanwhile. """
         state = os.fstat(self.fd)
         if not stat.S_ISREG(state.st_mode):
             raise OSError(errno.ENXIO, 'No plain file')
         if not state.st_nlink:
-            raise FileNotFoundError(errno.ENOENT, 'It was removed meanwhile')
-        if not self.record and stat.S_IMODE(state.st_mode) != 0o600:  # the umask
+            raise FileNotFoundError(errno.ENOENT, 'It was removed')
+        if not state.st_size and stat.S_IMODE(state.st_mode) != 0o600:  # new, with a umask
             _chmod(self.fd, 0o600)
         return state.st_size
 
     def save(self, record: bytes, expires: float) -> None:
-        """ Write the record into the slot that is not current, or behind the page. """
-        at, number, taken, length = self.current
-        at = _ONE + _TWO - at  # the other one
-        offset, inside, end = at + _SLOT.size, record, 0
+        """ Write the record where the current one is not. """
+        number, _, _, end = self.current
+        number, size = number + 1, len(record)
+        at = _ODD if number % 2 else _EVEN
+        start, inside = at + _SLOT.size, record
         try:
-            if len(record) > _SMALL:
-                offset, inside = self._write_big(record), b''
-            head = _SLOT.pack(0, number + 1, expires, offset, len(record))[4:]
-            slot = zlib.crc32(record, zlib.crc32(head)).to_bytes(4, 'big') + head + inside
-            end = offset + len(record)  # even if a signal ends this
-            if number:
+            if size > _SMALL:
+                start, inside = self._write_big(record), b''
+            slot = _SLOT.pack(number, zlib.crc32(record, number), expires, start, size) + inside
+            if number > 1:
                 self._write(slot, at)
             else:
                 self._write((_MAGIC + slot).ljust(_PAGE, b'\0'), 0)
-            self.record, self.current = record, (at, number + 1, offset, len(record))
+            self.record, self.current = record, (number, expires, start, start + size)
         finally:
             if self.longer:  # give back what neither slot needs, also if the disk is full
-                end = max(_PAGE, taken + length, end)
+                needed = max(_PAGE, end, self.current[3])
                 with suppress(OSError):  # the next save tries again
-                    os.ftruncate(self.fd, end)
-                    self.longer = end > _PAGE
+                    os.ftruncate(self.fd, needed)
+                    self.longer = needed > _PAGE
 
     def _write_big(self, record: bytes) -> int:
         """ Write it behind the page, where the current record is not; return where. """
         if len(record) > _MAX_RECORD:
             raise SessionError('The session is too big: %d bytes of at most %d. Keep big things '
                                'elsewhere and their names here.' % (len(record), _MAX_RECORD))
-        _, number, taken, length = self.current
-        offset, self.longer = _PAGE, True
-        if taken >= _PAGE:
-            _fdatasync(self.fd)  # its only other copy goes: a power cut could tear both
-            if taken < _PAGE + len(record):
-                offset = -(-(taken + length) // _PAGE) * _PAGE
-        elif not number:
+        number, _, start, end = self.current
+        if self.longer:
+            _fdatasync(self.fd)  # an older record goes: a power cut must not tear the newer, too
+        if not number:
             self._write(_NEW, 0)
+        free = start < _PAGE or start >= _PAGE + len(record)
+        offset, self.longer = _PAGE if free else end + -end % _PAGE, True
         self._write(record, offset)
         return offset
 
@@ -801,7 +784,7 @@ class _File:
 
 
 def _make_file(path: str) -> _File:
-    """ Open a file without a record; make it, and what is missing above it. """
+    """ Open a file for a new record; make it, and what is missing above it. """
     try:
         return _File(path, True)
     except OSError as error:
@@ -819,78 +802,44 @@ def _make_directory(path: str) -> None:
         os.chmod(path, 0o700)  # whatever the umask
 
 
-def _newest(fd: int, page: bytes) -> tuple[bytes | None, tuple[int, int, int, int], bool]:
-    """ Return the newest whole record (None in an unfinished file, b'' if all are damaged), its
-        slot as in `_File.current`, and whether that of a newer record is torn. """
+def _newest(fd: int, page: bytes) -> tuple[bytes | None, tuple[int, float, int, int]]:
+    """ Return the newest whole record (None in an unfinished file, b'' if all are damaged);
+        and its number, when it expires, and where it begins and ends. """
+    ends = math.inf
     if len(page) >= _PAGE and page.startswith(_MAGIC):
-        newer = _TWO if page[_NUMBER_TWO] > page[_NUMBER_ONE] else _ONE
-        for at in newer, _ONE + _TWO - newer:
-            checksum, number, _, offset, length = _SLOT.unpack_from(page, at)
-            end = offset + length
-            if end <= _PAGE:  # the record is behind its head
-                record, found = page[offset:end], zlib.crc32(page[at + 4:end])
-            else:
-                record = _pread(fd, min(length, _MAX_RECORD), offset)
-                found = zlib.crc32(record, zlib.crc32(page[at + 4:at + _SLOT.size]))
-            if record and found == checksum:  # an empty slot has none
-                return record, (at, number, offset, length), at != newer
-    return None if _NEW.startswith(page[:_PAGE]) else b'', _File.current, True
+        odd, even = _SLOT.unpack_from(page, _ODD), _SLOT.unpack_from(page, _EVEN)
+        for number, checksum, expires, start, size in (odd, even) if odd > even else (even, odd):
+            end = start + size
+            record = page[start:end] if end <= _PAGE else _pread(fd, min(size, _MAX_RECORD), start)
+            if record and zlib.crc32(record, number) == checksum:  # an empty slot has none
+                return record, (number, expires, start, end)
+            if page != (again := _pread(fd, len(page), 0)):  # a save came between
+                return _newest(fd, again)
+        ends = max(odd[2], even[2])  # unproven, but enough to remove what is damaged
+    return None if _NEW.startswith(page[:_PAGE]) else b'', (0, ends, 0, 0)
 
 
-def _remove_if_expired(path: str, now: float) -> tuple[bytes, bool]:
-    """ Remove an expired or unfinished file; return its record's kind, and whether it went. """
-    kind = b''
-    with suppress(OSError):  # somebody else's, in use, or gone meanwhile
-        fd = os.open(path, _WRITING)
-        try:
-            kind, expires = _kind_and_end(fd)
-            if expires > now:
-                return kind, False
-            _flock(fd, _LOCK)
-            kind, expires = _kind_and_end(fd)  # nobody changes it now
-            if expires > now:
-                return kind, False
-            _unlink(path, fd)
-            _log.debug('removed what has expired: %s', path)
-            return kind, True
-        finally:
-            _flock(fd, _UNLOCK)
-            os.close(fd)
-    return kind, False
-
-
-def _kind_and_end(fd: int) -> tuple[bytes, float]:
-    """ Return the record's kind and end, unproven: they are believed for cleaning only. """
-    page = _pread(fd, _PAGE, 0)
-    if page[:_ONE] != _MAGIC[:len(page)]:
-        return b'', math.inf  # not ours
-    page = page.ljust(_PAGE, b'\0')
-    number, expires, offset, _ = max(_SLOT.unpack_from(page, at)[1:] for at in (_ONE, _TWO))
-    if not number:  # never finished: it may take an hour until that is certain
-        return b'', os.fstat(fd).st_mtime + 3600
-    return _pread(fd, 1, offset), expires
-
-
-def _absent(verb: str, path: str, error: OSError) -> None:
-    """ Accept what is no session, raise StoreError for trouble. """
+def _absent(verb: str, path: str, error: OSError) -> bytes | None:
+    """ Return None for what is no session, raise StoreError for trouble. """
     if error.errno in _NO_FILE:
         _log.warning('%s is no session (%s); it is treated as absent', path, error.strerror)
     elif error.errno != errno.ENOENT:
         raise _failed(verb, path, error) from error
+    return None
 
 
 def _failed(verb: str, path: str, error: OSError) -> StoreError:
     """ Log the failure, with owner and remedy where it is a permission. """
-    whose = ''
+    remedy = ''
     if isinstance(error, PermissionError) and hasattr(os, 'geteuid'):
         at, me = path, os.geteuid()
-        while not os.path.exists(at) or os.access(at, os.R_OK | os.W_OK) and at != os.sep:
+        while at != os.sep and (not os.path.exists(at) or os.access(at, os.R_OK | os.W_OK)):
             at = os.path.dirname(at)
-        whose = ': %s belongs to user %d, and this process runs as user %d' % (
-            at, os.stat(at).st_uid, me)
-        whose += (', but its mode keeps it out: chmod -R u+rwX' if os.stat(at).st_uid == me else
-                  ' (was the app once run as root?). Give it the directory: chown -R %d' % me)
-    _log.error('cannot %s %s: %s%s', verb, path, error.strerror, whose)
+        owner = os.stat(at).st_uid
+        remedy = ': %s belongs to user %d, and this process runs as user %d' % (at, owner, me)
+        remedy += (', but its mode keeps it out: chmod -R u+rwX' if owner == me else
+                   ' (was the app once run as root?). Give it the directory: chown -R %d' % me)
+    _log.error('cannot %s %s: %s%s', verb, path, error.strerror, remedy)
     return StoreError()
 
 
@@ -924,23 +873,24 @@ else:  # Windows: a directory is for one process, and its locks are in a dict
     import msvcrt  # type: ignore[unreachable]
     _LOCK, _UNLOCK = True, False
     _held: dict[int, tuple[int, int]] = {}  # the holder's descriptor -> its file
-    _claimed: dict[str, int] = {}  # lock files, open as long as this process lives
+    _claimed: set[str] = set()  # lock files, open as long as this process lives
     _mutex = threading.Lock()
     _nowhere = os.open(os.devnull, _READING)
     _chmod = _sync_directory = lambda *args: None  # nothing to do
 
     def _claim(directory: str) -> None:
         """ Keep other processes out of the directory, as long as this one lives. """
-        path, fd = os.path.normcase(os.path.join(directory, 'lock')), None
+        path, fd = os.path.normcase(os.path.join(directory, 'lock')), -1
         with _mutex:
+            if path in _claimed:
+                return
             try:
-                if path not in _claimed:
-                    _make_directory(directory)
-                    fd = os.open(path, _WRITING | os.O_CREAT, 0o600)
-                    msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
-                    _claimed[path] = fd
+                _make_directory(directory)
+                fd = os.open(path, _WRITING | os.O_CREAT, 0o600)
+                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+                _claimed.add(path)  # it stays open
             except OSError as error:
-                if fd is not None:
+                if fd >= 0:
                     os.close(fd)
                     error.strerror = ('another process uses this directory, and on Windows only '
                                       'one can. End that one, or use a redis URL for several')
@@ -965,10 +915,9 @@ else:  # Windows: a directory is for one process, and its locks are in a dict
     def _unlink(path: str, fd: int | None) -> None:
         # What is open cannot be removed: it is ended in place (an empty file is no session)
         # and goes now, or by a later sweep if others have it open.
-        ended = os.open(path, _WRITING)
-        os.ftruncate(ended, 0)
-        os.fsync(ended)
-        os.close(ended)
+        with open(path, 'r+b') as file:
+            file.truncate()
+            os.fsync(file.fileno())
         if fd is not None:
             os.dup2(_nowhere, fd, False)  # closes the file, but keeps the lock
         with suppress(PermissionError):

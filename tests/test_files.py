@@ -479,11 +479,11 @@ INTRUDERS = {
     'pickle': lambda path, content: write_file(path, pickle.dumps({'user': 'mallory'})),
     'sparse giant': lambda path, content: make_giant(path),
     'sparse giant that begins like ours': lambda path, content: make_giant(path, content),
-    # magic, checksum, number, end, offset and length of the record, the rest zeros
+    # magic, number, checksum, end, offset and length of the record, the rest zeros
     'sparse giant that says it is long': lambda path, content: make_giant(
-        path, content[:8] + struct.pack('>IQdII', 0, 9, 1e10, 4096, 3 << 30)),
+        path, content[:8] + struct.pack('>QIdII', 9, 0, 1e10, 4096, 3 << 30)),
     'sparse giant that says it is nearly too long': lambda path, content: make_giant(
-        path, content[:8] + struct.pack('>IQdII', 0, 9, 1e10, 4096, 60 << 20)),
+        path, content[:8] + struct.pack('>QIdII', 9, 0, 1e10, 4096, 60 << 20)),
 }
 
 
@@ -644,6 +644,8 @@ step('same', lambda: saving(session, cookie, other=1))
 step('save', lambda: saving(session, cookie, n=2))
 step('with', lambda: counting(session, cookie))
 step('first', lambda: saving(session, None, n=1))
+for size in 5000, 1, 5001:
+    step('%d B' % size, lambda: saving(session, cookie, blob=bytes(size)))
 step('regenerate', lambda: cookies.append(cookie_of(within(session.regenerate, cookie))))
 step('purge', lambda: within(session.purge, cookies[0]))
 step('login', lambda: within(lambda: session.login('joe')))
@@ -682,15 +684,15 @@ def test_system_calls_are_as_few_as_promised(steps):
     assert calls['read'] == calls['same'] == ['open', 'read', 'close']
     save = ['open+', 'flock', 'pread', 'pwrite', 'flock', 'close']
     assert calls['save'] == calls['read'] + save
-    # It looks at its end whether the file is still there.
-    assert calls['with'] == save[:3] + ['fstat'] + save[3:]
+    assert calls['with'] == save[:3] + ['fstat'] + save[3:]  # its end looks if it is still there
     # Nothing is to be read, but its mode may be that of the umask.
     assert calls['first'] == save[:2] + ['fstat'] + save[3:]
 
 
 def test_new_ids_log_outs_and_log_ins_are_durable_and_saves_are_quick(steps):
     synced = {step: synced for step, (_, synced) in steps.items()}
-    assert synced['save'] == synced['with'] == synced['first'] == []
+    assert [synced[step] for step in ('save', 'with', 'first', '5000 B', '1 B')] == [[]] * 5
+    assert synced['5001 B'] == ['file']  # a power cut could tear the older one and this one
     new = ['file', 'directory', 'directory']
     assert synced['regenerate'] == new + ['file']  # the new one, then the mark in the old one
     assert synced['purge'] == ['directory']
