@@ -682,8 +682,8 @@ class FileStore(Store):
             names = [name for name in os.listdir(directory) if len(name) == 62]
         except OSError as error:
             _absent('list', directory, error)
-        random.shuffle(names)
-        for path in [directory + name for name in names[:most]]:
+        few = names if most is None else random.sample(names, min(most, len(names)))
+        for path in [directory + name for name in few]:
             with suppress(OSError, SessionBusy), closing(_File(path)) as file:  # not in use
                 expires = file.current[1]
                 if file.record is None:  # in an hour it is certain that its maker died
