@@ -231,50 +231,32 @@ class _Canonical(pickle.Pickler):
         return None
 
 
+class _Bounded(io.BytesIO):
+    """ Takes a megabyte. What is in many places at once is written once for each. """
+
+    def write(self, part: Any) -> int:
+        if self.tell() > 1_000_000:
+            raise ValueError('too long')
+        return super().write(part)
+
+
 def _canonical(value: Any, pickler: Any = pickle.Pickler, fast: bool = True) -> bytes:
     """ Return bytes that are the same only for equal values, to their types: a pickle, but
         never one that is stored. Without pickle's memo it does not tell which parts are one
         and the same object. """
-    stream = io.BytesIO()
+    stream = _Bounded() if fast else io.BytesIO()
     writer = pickler(stream, 5)
     writer.fast = fast
     try:
         writer.dump(value)
-    except Exception as error:  # also from methods of the user's classes
-        if fast:  # perhaps a cycle, which ends only with the memo
-            return _canonical(value, pickler, False)
-        _log.debug('cannot compare a %s, so it counts as a change: %s', _kind(value), _kind(error))
-        return os.urandom(16)
+    except Exception:  # a cycle, perhaps, which ends only with the memo
+        if not fast:
+            raise
+        return _canonical(value, pickler, False)
     form = stream.getvalue()
     if pickler is pickle.Pickler and (b'\x8f' in form or b'\x91' in form):  # it has a set
         return _canonical(value, _Canonical, fast)
     return form
-
-
-def _same(one: Any, other: Any) -> bool:
-    """ Tell whether two values are equal, to their types: 1, 1.0 and True differ.
-        In doubt they are not. """
-    if one is other or type(one) is not type(other):
-        return one is other
-    if type(one) in _ATOMS:
-        return bool(one == other)
-    return _canonical(one) == _canonical(other)
-
-
-def _same_objects(one: Any, other: Any) -> bool:
-    """ Tell whether two values are equal and hold the same objects. In doubt they are not. """
-    kind = type(one)
-    if one is other or kind is not type(other):
-        return one is other
-    if kind is dict:
-        one, other = [*one.items()], [*other.items()]
-    elif kind not in (list, tuple):
-        parts = one | other if kind in (set, frozenset) else [one]
-        return _PLAIN.issuperset(map(type, parts)) and _same(one, other)
-    try:
-        return len(one) == len(other) and all(map(_same_objects, one, other))
-    except RecursionError:  # a cycle
-        return False
 
 
 class _Seal:
@@ -288,8 +270,7 @@ class _Seal:
 
     #: Whether the values themselves are stored, instead of bytes made of them.
     keeps_values = False
-    #: Tells whether two values are equal.
-    same: Callable[[Any, Any], bool] = staticmethod(_same)
+    _form: Callable[[Any], Any] = staticmethod(_canonical)
 
     def __init__(self, secrets: list[bytes], cookie_name: str, serializer: Any) -> None:
         keyed_hash = functools.partial(blake2b, cookie_name.encode() + b'\0', digest_size=32)
@@ -307,6 +288,8 @@ class _Seal:
                               "'cryptography': pip install cryptography") from error
         self._cipher, self._forged = AESGCM, InvalidTag
         self.pickles = serializer is pickle
+        if not self.pickles:
+            self._form = lambda value: self.dumps({'': value})
         self.dumps, self._loads, empty = serializer.dumps, serializer.loads, serializer.dumps({})
         _require(isinstance(empty, (str, bytes)) and serializer.loads(empty) == {}, 'serializer: '
                  'dumps({}) gave %r, and not str or bytes of which loads() makes {}', empty)
@@ -364,13 +347,26 @@ class _Seal:
             raise _Unreadable('holds no dict')
         return data
 
+    def same(self, one: Any, other: Any) -> bool:
+        """ Tell whether two values are equal, to their types: 1, 1.0 and True differ.
+            In doubt they are not. """
+        if one is other or type(one) is not type(other):
+            return one is other
+        if type(one) in _ATOMS:
+            return bool(one == other)
+        try:
+            return bool(self._form(one) == self._form(other))
+        except Exception as error:  # also from methods of the user's classes
+            _log.debug('cannot compare a %s, so it counts as a change: %s', _kind(one),
+                       _kind(error))
+            return False
+
 
 class _NoSeal(_Seal):
     """ The same for the memory mode: a record is a tuple with a shallow copy of the data,
         which can be cut like a record of bytes. Nothing is sealed or serialized. """
 
     keeps_values = pickles = True
-    same = staticmethod(_same_objects)
 
     def _use(self, serializer: Any) -> None:
         self.dumps = self.loads = dict.copy  # type: ignore[method-assign,assignment]
@@ -380,6 +376,28 @@ class _NoSeal(_Seal):
 
     def open(self, id: str, record: Any) -> tuple[bytes, _Head, Any, bool]:
         return record[0], record[2], record[3], False
+
+    def same(self, one: Any, other: Any) -> bool:
+        """ Tell whether two values are equal and hold the same objects. """
+        try:
+            return self._hold_the_same(one, other, set())
+        except RecursionError:
+            return False
+
+    def _hold_the_same(self, one: Any, other: Any, seen: set[tuple[int, int]]) -> bool:
+        kind, pair = type(one), (id(one), id(other))
+        if one is other or pair in seen:
+            return True
+        if kind is not type(other):
+            return False
+        seen.add(pair)  # which is compared now, once
+        if kind is dict:
+            one, other = [*one, *one.values()], [*other, *other.values()]
+        elif kind not in (list, tuple):
+            parts = one | other if kind in (set, frozenset) else [one]
+            return _PLAIN.issuperset(map(type, parts)) and super().same(one, other)
+        return len(one) == len(other) and all(
+            self._hold_the_same(*parts, seen) for parts in zip(one, other))
 
 
 def _derive(key: blake2b, data: bytes) -> bytes:
@@ -580,7 +598,10 @@ class FileStore(Store):
             fd = os.open(path, _READING)
             try:
                 page = os.read(fd, _PAGE) or _pread(fd, 1, 0)  # which no FIFO takes
-                return _newest(fd, page)[0]
+                record = _newest(fd, page)[0]
+                if record is None and fcntl and os.fstat(fd).st_nlink:
+                    _log.warning('%s was cut; it is treated as absent', path)
+                return record
             finally:
                 os.close(fd)
         except OSError as error:
@@ -1494,7 +1515,7 @@ class _Visit:
             touched = {**dict.fromkeys(data, _MISSING), **stored}
             others = {key: key for key in stored if type(key) is not str}
             if others:  # True may be in the place of 1
-                changed = {key for key in data if not _same(key, others.get(key, key))}
+                changed = {key for key in data if not same(key, others.get(key, key))}
         for key, old in touched.items():
             new = data.get(key, _MISSING)
             if type(new) in _ATOMS and type(old) in _ATOMS:  # nearly all

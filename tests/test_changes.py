@@ -2,6 +2,7 @@
 """ Changes are found exactly: values of all kinds, made and changed at random. """
 
 import contextlib
+import json
 import os
 import pickle
 import sys
@@ -267,3 +268,59 @@ def test_a_session_is_a_dict_that_is_kept(place, data, plugin):
         if ending == 'answer' and (plugin or memory) and (now.data or now.stored is not None):
             now.stored = now.data
         assert strict(visitor.data(), now.stored or {})
+
+
+@stores('file', 'own')
+def test_with_a_serializer_of_ones_own_nothing_is_pickled_to_compare_it(place):
+    class Money:  # made in a function, it cannot be pickled
+        def __init__(self, amount):
+            self.amount = amount
+
+    session = place(serializer=types.SimpleNamespace(
+        dumps=lambda data: json.dumps(data, default=vars),
+        loads=lambda text: json.loads(
+            text, object_hook=lambda found: Money(**found) if 'amount' in found else found)))
+    visitor = known(session, price=Money(1), seen=0)
+
+    def raise_it():
+        session['price'] = Money(5)
+
+    def look():
+        assert session['price'].amount == 1 and not session.dirty
+        session['seen'] += 1
+        Browser(session, visitor.cookies, plugin=True).do(raise_it)
+        assert session.save()
+
+    visitor.do(look)
+    assert visitor.do(lambda: (session['price'].amount, session['seen'])) == (5, 1)
+
+
+class Row:
+    """ Tells how often it was pickled. """
+
+    pickled = 0
+
+    def __reduce__(self):
+        Row.pickled += 1
+        return Row, ()
+
+
+@stores('memory', 'own')
+def test_what_is_in_many_places_at_once_is_not_compared_in_each_of_them(place):
+    def nested():
+        rows = [Row()]
+        for _ in range(25):
+            rows = [rows, rows]
+        return rows
+
+    session, Row.pickled = place(), 0
+    visitor = known(session, rows=nested())
+
+    def code():
+        session['rows'] = nested()
+        session.save()
+        session['rows'].append(1)
+        assert place.kind == 'memory' or session.save()
+
+    visitor.do(code)
+    assert Row.pickled < 1_000_000 and len(visitor.data()['rows']) == 3
