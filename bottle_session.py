@@ -760,6 +760,8 @@ class _File:
         number, _, _, end = self.current
         number, size = number + 1, len(record)
         at = _ODD if number % 2 else _EVEN
+        if self.longer and (size > _SMALL or os.fstat(self.fd).st_size > max(_PAGE, end)):
+            _fdatasync(self.fd)  # an older record goes: a power cut must not tear the newer, too
         start, inside = at + _SLOT.size, record
         try:
             if size > _SMALL:
@@ -783,8 +785,6 @@ class _File:
             raise SessionError('The session is too big: %d bytes of at most %d. Keep big things '
                                'elsewhere and their names here.' % (len(record), _MAX_RECORD))
         number, _, start, end = self.current
-        if self.longer:
-            _fdatasync(self.fd)  # an older record goes: a power cut must not tear the newer, too
         if not number:
             self._write(_NEW, 0)
         free = start < _PAGE or start >= _PAGE + len(record)

@@ -1,0 +1,96 @@
+""" What a power cut leaves of a session's file.
+
+A save writes to the page cache, and the system writes the pages to the disk when it likes, each
+for itself; how long a file is, it may note before or after. Only what was synced is certain.
+The writes of real saves are recorded, and all that a cut might leave is put in place of the file.
+"""
+
+import os
+import random
+
+import pytest
+
+import bottle_session
+from bottle_session import FileStore
+
+PAGE = 4096
+SIZES = 100, 500, 3000, 9000, 20000
+
+
+class Disk:
+    """ The versions that each page of a file, and its length, have had since the last sync. """
+
+    def __init__(self, monkeypatch):
+        self.pages, self.lengths, self.step = {}, [(0, 0)], 0
+        for place, name, note in ((bottle_session, '_pwrite', self.write),
+                                  (bottle_session, '_fdatasync', self.sync),
+                                  (os, 'fsync', self.sync), (os, 'ftruncate', self.cut)):
+            monkeypatch.setattr(place, name, self.noting(getattr(place, name), note))
+
+    def noting(self, act, note):
+        def noted(fd, *args):
+            done = act(fd, *args)
+            self.step += 1
+            note(*args)
+            return done
+        return noted
+
+    def write(self, data, offset):
+        end = offset + len(data)
+        for page in range(offset // PAGE, -(-end // PAGE)):
+            versions, at = self.pages.setdefault(page, [(0, False, bytes(PAGE))]), page * PAGE
+            first, last = max(offset, at), min(end, at + PAGE)
+            old = versions[-1][2]
+            versions.append((self.step, False, old[:first - at] + data[first - offset:last - offset]
+                             + old[last - at:]))
+        self.lengths.append((self.step, max(end, self.lengths[-1][1])))
+
+    def cut(self, length):
+        self.lengths.append((self.step, length))
+        for page, versions in self.pages.items():
+            kept = max(0, length - page * PAGE)
+            if kept < PAGE:
+                versions.append((self.step, True, versions[-1][2][:kept].ljust(PAGE, b'\0')))
+
+    def sync(self, *args):
+        for versions in self.lengths, *self.pages.values():
+            del versions[:-1]
+
+    def after_a_power_cut(self, chance):
+        """ Return a content that the file may have. """
+        step, length = chance.choice(self.lengths)
+        content = b''
+        for page in range(-(-length // PAGE)):
+            versions = self.pages.get(page, [(0, False, bytes(PAGE))])
+            gone = max((when for when, cut, _ in versions if cut and when <= step), default=0)
+            content += chance.choice([version for version in versions if version[0] >= gone])[2]
+        return content[:length]
+
+
+@pytest.mark.parametrize('seed', range(25))
+def test_a_power_cut_leaves_what_was_synced_or_something_newer(tmp_path, monkeypatch, seed):
+    chance, name = random.Random(seed), os.urandom(32).hex()
+    store, other = FileStore(tmp_path / 'one'), FileStore(tmp_path / 'other')
+    assert other.create(name, b's' * 20, 1e12)
+    disk, records = Disk(monkeypatch), []
+
+    def new_record():
+        records.append(b's' + os.urandom(15) + chance.randbytes(chance.choice(SIZES)))
+        return records[-1]
+
+    assert store.create(name, new_record(), 1e12, True)
+    with open(other._path(name), 'r+b') as file:
+        for _ in range(12):
+            durable = chance.random() < 0.1
+            assert store.replace(name, records[-1][:16], new_record(), 1e12, None, durable)
+            if durable:
+                del records[:-1]
+            for _ in range(30):
+                file.seek(0)
+                file.write(disk.after_a_power_cut(chance))
+                file.truncate()
+                file.flush()
+                assert other.load(name) in records
+            if chance.random() < 0.3:  # by now the system has written all
+                disk.sync()
+                del records[:-1]
