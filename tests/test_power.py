@@ -41,8 +41,8 @@ class Disk:
             versions, at = self.pages.setdefault(page, [(0, False, bytes(PAGE))]), page * PAGE
             first, last = max(offset, at), min(end, at + PAGE)
             old = versions[-1][2]
-            versions.append((self.step, False, old[:first - at] + data[first - offset:last - offset]
-                             + old[last - at:]))
+            new = old[:first - at] + data[first - offset:last - offset] + old[last - at:]
+            versions.append((self.step, False, new))
         self.lengths.append((self.step, max(end, self.lengths[-1][1])))
 
     def cut(self, length):
