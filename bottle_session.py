@@ -491,7 +491,8 @@ class MemoryStore(Store):
     def __init__(self) -> None:
         self._records: OrderedDict[str, tuple[Any, float]] = OrderedDict()
         self._locks: dict[str, object] = {}
-        self._mutex = threading.Lock()
+        # Reentrant, as the garbage collector may close, and save, a forgotten body at any moment.
+        self._mutex = threading.RLock()
 
     def load(self, name: str) -> Any:
         return self._records.get(name, (None,))[0]
@@ -895,7 +896,7 @@ else:  # Windows: a directory is for one process, and its locks are in a dict
     _LOCK, _UNLOCK = True, False
     _held: dict[int, tuple[int, int]] = {}  # the holder's descriptor -> its file
     _claimed: set[str] = set()  # lock files, open as long as this process lives
-    _mutex = threading.Lock()
+    _mutex = threading.RLock()  # as MemoryStore's
     _nowhere = os.open(os.devnull, _READING)
     _chmod = _sync_directory = lambda *args: None  # nothing to do
 

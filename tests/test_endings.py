@@ -5,6 +5,7 @@
 import contextlib
 import copy
 import datetime
+import gc
 import io
 import logging
 import os
@@ -12,6 +13,7 @@ import pickle
 import re
 import sys
 import threading
+import time
 from wsgiref.handlers import SimpleHandler
 
 import bottle
@@ -575,3 +577,36 @@ def test_a_key_that_changed_its_type_is_changed_once(session):
 
     visitor.do(code)
     assert [type(key) for key in visitor.data()] == [bool]
+
+
+@stores('memory')
+def test_a_forgotten_body_may_be_collected_at_any_moment(session):
+    """ Nobody closed it, and something that refers to itself holds it: the garbage collector
+        closes it, which saves, here while another request is in the store. """
+    visitor, app = known(session, n=1), bottle.Bottle()
+
+    @app.route('/')
+    def route():
+        yield 'before'
+        session['n'] += 1
+        yield 'after'
+
+    def collecting():
+        gc.collect()
+        return time.time()
+
+    def visit():
+        environ = {'REQUEST_METHOD': 'GET', 'PATH_INFO': '/', 'wsgi.errors': io.StringIO(),
+                   'HTTP_COOKIE': 'bsession=' + visitor.cookies['bsession']}
+        body = environ['body'] = app(environ, lambda *args: None)
+        environ['itself'] = environ
+        assert next(body) + next(body) == b'beforeafter'
+        del environ, body
+        session.store.clock = collecting  # which it asks in the middle of a change
+        known(session, user='joe')
+
+    thread = threading.Thread(target=visit, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive(), 'it waits for itself'
+    assert visitor.data() == {'n': 2}
