@@ -600,8 +600,8 @@ class FileStore(Store):
             try:
                 page = os.read(fd, _PAGE) or _pread(fd, 1, 0)  # which no FIFO takes
                 record = _newest(fd, page)[0]
-                if record is None and fcntl and os.fstat(fd).st_nlink:
-                    _log.warning('%s was cut; it is treated as absent', path)
+                if record is None and fcntl:
+                    _warn_if_cut(fd, path)
                 return record
             finally:
                 os.close(fd)
@@ -841,6 +841,13 @@ def _newest(fd: int, page: bytes) -> tuple[bytes | None, tuple[int, float, int, 
     return None if _NEW.startswith(page[:_PAGE]) else b'', (0, ends, 0, 0)
 
 
+def _warn_if_cut(fd: int, path: str) -> None:
+    """ Log that a file has no record, unless it is just being made or removed. """
+    time.sleep(0.05)
+    if os.fstat(fd).st_nlink and _newest(fd, _pread(fd, _PAGE, 0))[0] is None:
+        _log.warning('%s was cut; it is treated as absent', path)
+
+
 def _absent(verb: str, path: str, error: OSError) -> bytes | None:
     """ Return None for what is no session, raise StoreError for trouble. """
     if error.errno in _NO_FILE:
@@ -880,9 +887,10 @@ if fcntl is not None:
     _LOCK, _UNLOCK = fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_UN
 
     def _unlink(path: str, fd: int | None) -> None:
-        if fd is not None and os.access(os.path.dirname(path), os.W_OK):
-            os.ftruncate(fd, 0)  # tells those who have it open and wait for its lock
         os.unlink(path)
+        if fd is not None:
+            with suppress(OSError):
+                os.ftruncate(fd, 0)  # tells those who have it open and wait for its lock
 
     def _sync_directory(path: str) -> None:
         fd = os.open(path, os.O_RDONLY)

@@ -1,4 +1,4 @@
-""" What a power cut leaves of a session's file.
+""" What a power cut leaves of a session's file, and what is there for a moment only.
 
 A save writes to the page cache, and the system writes the pages to the disk when it likes, each
 for itself; how long a file is, it may note before or after. Only what was synced is certain.
@@ -7,11 +7,12 @@ The writes of real saves are recorded, and all that a cut might leave is put in 
 
 import os
 import random
+import subprocess
 
 import pytest
 
 import bottle_session
-from bottle_session import FileStore
+from bottle_session import FileStore, StoreError
 
 PAGE = 4096
 SIZES = 100, 500, 3000, 9000, 20000
@@ -94,3 +95,39 @@ def test_a_power_cut_leaves_what_was_synced_or_something_newer(tmp_path, monkeyp
             if chance.random() < 0.3:  # by now the system has written all
                 disk.sync()
                 del records[:-1]
+
+
+###############################################################################
+# Moments #####################################################################
+###############################################################################
+
+@pytest.mark.parametrize('meanwhile', ['made', 'removed', 'nothing'])
+def test_a_file_that_is_just_being_made_or_removed_is_not_called_cut(
+        tmp_path, monkeypatch, caplog, meanwhile):
+    """ Two log-ins of one owner at once: one reads the list that the other is making. """
+    store, name = FileStore(tmp_path), os.urandom(32).hex()
+    acts = {'made': lambda: store.create(name, b's' * 20, 1e12),
+            'removed': lambda: store.remove(name), 'nothing': lambda: True}
+    store.create(name, b's' * 20, 1e12)
+    os.truncate(store._path(name), 0)
+    monkeypatch.setattr(bottle_session.time, 'sleep', lambda seconds: acts[meanwhile]())
+    assert store.load(name) is None
+    assert ('was cut' in caplog.text) == (meanwhile == 'nothing')
+
+
+@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() != 0, reason='needs root')
+def test_a_file_that_cannot_be_removed_is_left_as_it_was(tmp_path):
+    store, name, record = FileStore(tmp_path), os.urandom(32).hex(), b's' * 20
+    store.create(name, record, 1e12)
+    path = store._path(name)
+    if subprocess.run(['chattr', '+a', os.path.dirname(path)], capture_output=True).returncode:
+        pytest.skip('needs a file system with attributes')
+    try:  # to the directory only something can be added
+        with pytest.raises(StoreError):
+            store.remove(name, record[:16])
+        assert store.load(name) == record
+        store.sweep(2e12)
+        assert store.load(name) == record
+    finally:
+        subprocess.run(['chattr', '-a', os.path.dirname(path)], check=True)
+    assert store.remove(name, record[:16])
