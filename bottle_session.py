@@ -990,7 +990,7 @@ class RedisStore(Store):
         return redis.call('GET', KEYS[2]) == ARGV[1] and redis.call('DEL', KEYS[2])"""
     _REMEDIES = {
         'ermission|ACL|run this': 'let its user do that: ACL SETUSER (name) ~(prefix)* +get +set '
-        '+del +mget +pttl +eval +getrange +scan +dbsize +info +ping',
+        '+del +mget +pttl +eval +getrange +scan +dbsize +info +ping +select',
         'Authentication': 'AUTH was refused: check user and password in the URL or the client',
         'OutOfMemory|OOM': 'raise maxmemory',
         'onnection refused|not known': 'start the server, or check host and port'}
