@@ -833,7 +833,8 @@ def _newest(fd: int, page: bytes) -> tuple[bytes | None, tuple[int, float, int, 
         for number, checksum, expires, start, size in (odd, even) if odd > even else (even, odd):
             end = start + size
             record = page[start:end] if end <= _PAGE else _pread(fd, min(size, _MAX_RECORD), start)
-            if record and zlib.crc32(record, number) == checksum:  # an empty slot has none
+            # An empty slot has none; somebody's last number could not be followed by another.
+            if record and zlib.crc32(record, number) == checksum and number < 1 << 63:
                 return record, (number, expires, start, end)
             if page != (again := _pread(fd, len(page), 0)):  # a save came between
                 return _newest(fd, again)

@@ -8,6 +8,7 @@ The writes of real saves are recorded, and all that a cut might leave is put in 
 import os
 import random
 import subprocess
+import zlib
 
 import pytest
 
@@ -95,6 +96,21 @@ def test_a_power_cut_leaves_what_was_synced_or_something_newer(tmp_path, monkeyp
             if chance.random() < 0.3:  # by now the system has written all
                 disk.sync()
                 del records[:-1]
+
+
+def test_a_number_that_nothing_can_follow_is_damage(tmp_path):
+    store, name, record = FileStore(tmp_path), os.urandom(32).hex(), b's' * 20
+    store.create(name, record, 1e12)
+    number, last = b'\0\0\0\0\0\0\0\1', b'\xff' * 8
+    with open(store._path(name), 'r+b') as file:
+        page = file.read()
+        head = page[page.index(number):page.index(record)]
+        checksum = zlib.crc32(record, (1 << 64) - 1 & 0xffffffff).to_bytes(4, 'big')
+        file.seek(0)
+        file.write(page.replace(head, last + checksum + head[12:]))
+    assert store.load(name) == b''
+    assert store.replace(name, record[:16], b's' * 30, 1e12) == b''
+    assert store.remove(name) and store.create(name, record, 1e12)
 
 
 ###############################################################################
