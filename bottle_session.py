@@ -1537,13 +1537,15 @@ class _Visit:
 
     def pending(self) -> Any:
         """ Return the data serialized if a save would write them, else None. """
-        if not (self.touched or self.handed_out or self.options) if self.id else \
-                self.ended or not self.data:
+        if self.id:
+            if not (self.touched or self.handed_out or self.options):
+                return None
+        elif self.ended or not self.data:
             return None
         payload = self.dumps()
-        if self.id and not self.options and (
-                type(payload) is not dict and payload == self.payload or not self.changes()):
-            return None
+        if self.id and not self.options:
+            if type(payload) is bytes and payload == self.payload or not self.changes():
+                return None
         return payload
 
     def dirty(self) -> bool:
