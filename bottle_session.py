@@ -719,13 +719,15 @@ class FileStore(Store):
         return went
 
     def _clean_a_little(self) -> None:
-        """ Remove what has expired among a few files, once a second. """
+        """ Remove what has expired among a few files, once a second, for two milliseconds. """
         now = self.clock()
         if abs(now - self._cleaned) >= 1:
             self._cleaned = now
+            end = time.perf_counter() + 0.002
             with suppress(StoreError):  # it is in the log
-                for shard in random.sample(range(256), 4):
-                    self._clean(shard, now, 50)
+                for shard in random.sample(range(256), 16):
+                    if time.perf_counter() < end:
+                        self._clean(shard, now, 12)
 
 
 class _File:
