@@ -502,6 +502,15 @@ def test_a_value_that_cannot_be_compared_counts_as_a_change(place):
             visitor.do(saves(session, values=[Closed()]))
         assert visitor.data() == {'values': [1]}
 
+        def code():  # a change, also where another request's is found first
+            session['values'] = [Closed()]
+            elsewhere(visitor.tab().do, saves(session, values=[2]))
+            with pytest.raises(SessionError, match='values.*list.*closed file'), session:
+                pass
+
+        visitor.do(code)
+        assert visitor.data() == {'values': [2]}
+
 
 @three_stores
 @cases('answer', ['another status', 'a redirect', 'a save'])
@@ -550,17 +559,19 @@ class Handle:
 @stores('memory')
 def test_memory_mode_compares_objects_by_identity_wherever_they_are(session):
     first, second = Handle(1), Handle(2)
-    cycle, again = [], []
+    cycle, again, deep, deeper = [], [], [], []
     cycle.append(cycle)
     again.append(again)
+    for _ in range(5000):
+        deep, deeper = [deep], [deeper]
     visitor = known(session, bare=first, list=[first], dict={'a': (first,)}, plain=[{1}, {'a': 1}],
-                    cycle=cycle)
+                    cycle=cycle, deep=deep)
     same = {'bare': first, 'list': [first], 'dict': {'a': (first,)}, 'plain': [{1}, {'a': 1}],
-            'cycle': cycle}
+            'cycle': again, 'deep': deep}
     assert not visitor.do(saves(session, **same))
     for change in ({'bare': second}, {'list': [second]}, {'dict': {'a': (second,)}},
-                   {'plain': [{True}, {'a': 1}]}, {'cycle': again}):
-        assert visitor.do(saves(session, **change)), change
+                   {'plain': [{True}, {'a': 1}]}, {'deep': deeper}):
+        assert visitor.do(saves(session, **change)), list(change)
     assert visitor.data()['list'][0] is visitor.data()['dict']['a'][0] is second
 
 

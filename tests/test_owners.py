@@ -144,13 +144,12 @@ def test_a_new_session_that_could_not_be_undone_stays_listed(place):
     visitor = log_in(session)
 
     def code():
-        session.store.failing = {'replace', 'remove'}
-        session.store.at('replace', 2, str)
+        session.store.at('replace', 2, lambda: session.store.failing.update(('replace', 'remove')))
         with pytest.raises(StoreError):
             session.regenerate()
 
     visitor.do(code)
-    session.store.failing = set()
+    session.store.failing.clear()
     assert len(session.logins('joe')) == len(place.records()) == session.revoke('joe')
 
 
