@@ -6,6 +6,7 @@ import contextlib
 import copy
 import datetime
 import io
+import json
 import logging
 import os
 import pickle
@@ -24,7 +25,7 @@ from harness import (  # noqa: E402
     DAY, SECRET, Boom, Browser, adding, cases, clock, elsewhere, held, known, logged,
     nothing_secret_is_logged, place, raises, redis_url, saves, session, stores)
 
-from bottle_session import Session, SessionError, StoreError  # noqa: E402
+from bottle_session import Session, SessionBusy, SessionError, Store, StoreError  # noqa: E402
 
 every_store = stores('memory', 'file', 'own', 'redis')
 three_stores = stores('memory', 'file', 'own')
@@ -83,6 +84,39 @@ def test_a_generator_that_crashes_before_its_first_chunk_stores_nothing(place, h
             visitor.get(path)
             assert not visitor.told() and visitor.data() == stored, plugin
             assert place.everything() == before, plugin
+
+
+@three_stores
+def test_a_generator_that_crashes_after_its_first_chunk_stores_nothing(place):
+    session = place()
+    visitor = known(session, **JOE).tab(plugin=True)
+
+    def chunks():
+        yield 'text'
+        half_done(session)
+
+    with pytest.raises(Boom):
+        visitor.get(code=chunks)
+    assert visitor.data() == JOE
+
+
+@sealed_two
+def test_a_save_that_fails_at_the_end_closes_the_body_that_is_not_sent(session):
+    visitor, closed = known(session, **JOE).tab(plugin=True), []
+
+    def chunks():
+        try:
+            session['bad'] = iter(chunks())
+            yield 'chunk'
+        finally:
+            closed.append(True)
+
+    answer = visitor.get(code=chunks)
+    assert answer.status == 500 and 'chunk' not in answer.body and closed == [True]
+    visitor.app.catchall = False  # then the server gets the error
+    with pytest.raises(SessionError, match='bad.*generator'):
+        visitor.get(code=lambda: session.update(bad=iter(chunks())))
+    assert visitor.data() == JOE
 
 
 @three_stores
@@ -586,3 +620,56 @@ def test_a_key_that_changed_its_type_is_changed_once(session):
 
     visitor.do(code)
     assert [type(key) for key in visitor.data()] == [bool]
+
+
+@three_stores
+def test_a_block_that_is_left_in_another_request_is_an_error_and_harms_no_other_block(place):
+    session = place(lock_timeout=0.1)
+    visitor = known(session, n=0)
+
+    def chunks():
+        with session:
+            yield
+
+    dropped = chunks()
+    visitor.do(lambda: next(dropped))
+
+    def code():
+        with pytest.raises(RuntimeError, match='only be used in a request'):
+            dropped.close()
+        with session:
+            session['n'] = 1
+            with pytest.raises(SessionBusy):
+                visitor.meanwhile(adding(session))
+
+    visitor.do(code)
+    assert visitor.data() == {'n': 1}
+
+
+@three_stores
+def test_the_plugin_takes_a_route_that_does_not_tell_its_arguments(session):
+    visitor = Browser(session, plugin=True)
+    visitor.app.route('/dict', callback=dict)
+    assert visitor.get('/dict').status == 200
+
+
+@sealed_two
+def test_data_that_cannot_be_stored_together_are_an_error_and_not_stored(place):
+    class Sorting:
+        loads = json.loads
+
+        def dumps(data):
+            return json.dumps(data, sort_keys=True)
+
+    session = place(serializer=Sorting)
+    visitor = known(session, **JOE)
+    with pytest.raises(SessionError, match="cannot be stored: '<' not supported"):
+        visitor.do(lambda: session.data.update({1: 2}) or session.save())
+    assert visitor.data() == JOE
+
+
+@cases('method, arguments', [('load', 1), ('create', 3), ('replace', 4), ('remove', 1),
+                             ('lock', 1), ('unlock', 2), ('sweep', 1)])
+def test_a_store_that_lacks_a_method_says_so(method, arguments):
+    with pytest.raises(NotImplementedError):
+        getattr(Store(), method)(*range(arguments))

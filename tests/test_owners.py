@@ -12,7 +12,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from harness import (  # noqa: E402
     DAY, SECRET, Boom, Browser, clock, elsewhere, held, known, logged, nothing_secret_is_logged,
-    place, redis_url, saves, stores)
+    place, redis_url, saves, session, stores)
 
 import bottle_session  # noqa: E402
 from bottle_session import StoreError  # noqa: E402
@@ -68,12 +68,13 @@ def test_a_save_that_comes_too_late_leaves_no_entry_in_the_list(place, clock):
 
 
 @stores('file', 'own', 'redis')
-def test_what_revoke_leaves_confirms_no_guess_of_the_secret(place):
+def test_what_revoke_leaves_is_absent_and_confirms_no_guess_of_the_secret(place, caplog):
     session = place()
-    log_in(session)
+    visitor = log_in(session)
     name, = place.records()
     place.store().remove(name)
     session.revoke('joe')
+    assert visitor.data() == {} and not logged(caplog, 'damaged')
     left = place.everything()
     assert set(left) == {name}
     with pytest.raises(Exception, match='damaged'):
@@ -151,6 +152,17 @@ def test_a_new_session_that_could_not_be_undone_stays_listed(place):
     visitor.do(code)
     session.store.failing.clear()
     assert len(session.logins('joe')) == len(place.records()) == session.revoke('joe')
+
+
+@stores('own')
+@pytest.mark.parametrize('method, act', [
+    ('remove', lambda session: session.revoke('joe')),
+    ('replace', lambda session: log_in(session))])
+def test_a_store_that_never_does_it_is_an_error_at_last(session, method, act):
+    log_in(session)
+    setattr(session.store, method, lambda *args: None)
+    with pytest.raises(StoreError):
+        act(session)
 
 
 @every_store

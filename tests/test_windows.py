@@ -242,6 +242,18 @@ def test_a_second_process_is_told_so_until_the_first_one_dies(windows):
     """ % id)
 
 
+def test_a_directory_that_cannot_be_made_is_an_error_with_its_cause(windows):
+    windows.run("""
+        open('file', 'w').close()
+        try:
+            FileStore('file/sessions').load('a' * 64)
+        except StoreError as error:
+            assert type(error.__cause__) is NotADirectoryError
+        else:
+            raise AssertionError('no error')
+    """)
+
+
 def test_the_command_memory_redis_and_the_examples_need_nothing_else(windows):
     package('redis'), package('sqlalchemy'), package('webtest')
     code, secret = windows.call('-m', 'bottle_session', 'secret')
