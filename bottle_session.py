@@ -1453,14 +1453,17 @@ class _Visit:
         if data is not None:
             return data
         session = self.session
-        for id in session._cookie.ids(self.request.environ):
-            name = session._seal.name(id)
-            data = self._open(id, name, (fetch or session.store.load)(name))
-            if data is not None:
-                break
-            self.unlock()
-        else:
-            data, self.ended = {}, self.moved
+        try:
+            for id in session._cookie.ids(self.request.environ):
+                name = session._seal.name(id)
+                data = self._open(id, name, (fetch or session.store.load)(name))
+                if data is not None:
+                    break
+                self.unlock()
+            else:
+                data, self.ended = {}, self.moved
+        except MemoryError as error:  # it may be well in a moment
+            raise StoreError() from error
         self.data = data
         return data
 
@@ -1486,8 +1489,6 @@ class _Visit:
             self.why = 'the stored session %s' % error
             _log.warning('session %s %s; it is treated as absent', _public(name), error)
             return None
-        except MemoryError as error:  # it may be well in a moment
-            raise StoreError() from error
         self.id, self.name, self.record, self.payload = id, name, record, payload
         self.head, self.older, self.stored = head, older, None
         life = (head.days or session._days) * _DAY

@@ -21,6 +21,7 @@ from bottle import HTTPResponse, redirect, request, response
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from conftest import in_child  # noqa: E402
 from harness import (  # noqa: E402
     DAY, SECRET, Boom, Browser, adding, cases, clock, elsewhere, held, known, logged,
     nothing_secret_is_logged, place, raises, redis_url, saves, session, stores)
@@ -644,6 +645,25 @@ def test_a_block_that_is_left_in_another_request_is_an_error_and_harms_no_other_
 
     visitor.do(code)
     assert visitor.data() == {'n': 1}
+
+
+@stores('file')
+@pytest.mark.skipif(sys.platform != 'linux', reason='needs limits of the memory')
+def test_a_session_for_which_there_is_no_memory_is_an_error_and_no_log_out(session):
+    import resource
+    visitor = known(session, film=os.urandom(60_000_000))
+
+    def read(*megabytes):
+        with open('/proc/self/statm') as file:
+            size = int(file.read().split()[0]) * resource.getpagesize()
+        for spare in megabytes:
+            resource.setrlimit(resource.RLIMIT_AS, (size + spare * 1_000_000, -1))
+            status = visitor.get(code=lambda: str('film' in session)).status
+            assert status == 503 or visitor.last.body == 'True'
+            yield status
+
+    statuses = in_child(lambda: [*read(*range(0, 300, 20), 4000)])
+    assert 503 in statuses and statuses[-1] == 200
 
 
 @three_stores
