@@ -1505,7 +1505,7 @@ class _Visit:
         """ Return the data as they are stored, to compare with. """
         stored: dict[Any, Any] | None = self.stored
         if stored is None:
-            self.stored = stored = self.session._seal.loads(self.payload) if self.id else {}
+            self.stored = stored = self.session._seal.loads(self.payload)
         return stored
 
     def changes(self) -> set[Any]:
