@@ -1538,8 +1538,8 @@ class _Visit:
         return payload
 
     def dirty(self) -> bool:
-        data = self.load()
-        return self.pending() is not None if self.id else bool(data) and not self.ended
+        self.load()
+        return self.pending() is not None
 
     def dumps(self) -> Any:
         """ Return the data serialized. What does not load back must not be stored. """
