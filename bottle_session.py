@@ -1612,8 +1612,7 @@ class _Visit:
             before, self.head, self.expires = self.expires, head, expires
             if listed and expires < before:
                 session._owners.leave(head.owner, name, before, expires)
-            if not self.request.sent:
-                self._set_cookie()
+            self._set_cookie()
         return record
 
     def _mark_saved(self) -> None:
