@@ -1604,13 +1604,13 @@ class _Visit:
         stored = _retry_busy(seconds, '', session.store.replace, name, self.record[:_VERSION],
                              record, expires, self.held and self._own_lock())
         if stored != record:
-            if listed and _kind_of(stored) != _SESSION:
+            if _kind_of(stored) != _SESSION:
                 session._owners.leave(head.owner, name)
             return stored
         self.record, self.payload, self.older = record, payload, False
         if renewed:
             before, self.head, self.expires = self.expires, head, expires
-            if listed and expires < before:
+            if expires < before:
                 session._owners.leave(head.owner, name, before, expires)
             self._set_cookie()
         return record
