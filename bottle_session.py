@@ -1630,7 +1630,7 @@ class _Visit:
     def _merge(self, record: Any) -> bool:
         """ Take over what is stored by now, beneath the changes of this request; tell
             whether the session still exists. """
-        if record and record == self.record:
+        if record == self.record:
             return self.session.clock() < self.expires
         data, old, changed = self.data, self.load_stored(), self.changes()
         newest, same = self._open(self.id or '', self.name, record), self.session._seal.same
