@@ -1664,7 +1664,6 @@ class _Visit:
     def _reset(self, why: str, ended: bool) -> None:
         self.why, self.ended, self.moved, self.older = why, ended, False, False
         self.id, self.head, self.payload = None, _NO_HEAD, None
-        self.touched, self.stored = {}, None
 
     def _next_head(self, owner: str | None = None) -> _Head:
         """ Return a head that records this use, and mends what a wrong clock left. """
