@@ -1717,7 +1717,7 @@ class _Visit:
             self.roll_back()
         data = self.load()
         login = {'created': self.session.clock(), 'note': note} if owner else {}
-        if self.id and self._move(owner or self.head.owner, login):
+        if self.id and self._move(owner, login):
             return
         if self.ended and not self.moved:
             if not owner:
@@ -1754,7 +1754,7 @@ class _Visit:
                 lives = self._merge(stored) and self._merge(self._lock(name))
             return self._end_elsewhere()
         finally:
-            if self.held and (not self.depth or self.name != name):
+            if not self.depth or self.name != name:
                 self.unlock()
 
     def _undo(self, id: str, name: str, record: Any, head: _Head, *rest: Any) -> None:
