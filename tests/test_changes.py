@@ -8,13 +8,17 @@ import pickle
 import sys
 import types
 
+import pytest
 from hypothesis import HealthCheck, given, settings, strategies
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from harness import (  # noqa: E402
-    Boom, Browser, Thing, known, nothing_secret_is_logged, place, redis_url, stores)
+    DAY, Boom, Browser, Thing, clock, known, logged, nothing_secret_is_logged, place, redis_url,
+    sealed_stores, stores)
 from test_bottle_session import NAN, NOON, Size  # noqa: E402
+
+every_store = stores('memory', 'file', 'own', 'redis')
 
 settings.register_profile('here', deadline=None, max_examples=100, database=None,
                           derandomize=bool(os.environ.get('CI')),
@@ -324,3 +328,67 @@ def test_what_is_in_many_places_at_once_is_not_compared_in_each_of_them(place):
 
     visitor.do(code)
     assert Row.pickled < 1_000_000 and len(visitor.data()['rows']) == 3
+
+
+# What the head says
+
+@every_store
+@pytest.mark.parametrize('act', ['save', 'regenerate'])
+def test_a_session_that_another_request_kept_alive_is_saved(place, clock, act):
+    session = place(days=1)
+    visitor = known(session, a=1)
+    clock.tick(0.9 * DAY)
+
+    def code():
+        session['b'] = 2
+        visitor.meanwhile(lambda: session['a'])  # records its use
+        clock.tick(0.5 * DAY)
+        getattr(session, act)()
+
+    visitor.do(code)
+    assert visitor.data() == {'a': 1, 'b': 2}
+
+
+@every_store
+def test_what_was_saved_of_days_and_use_is_read_in_the_same_request(place, clock):
+    session = place()
+    visitor = known(session, a=1)
+    began = visitor.do(lambda: session.used)
+    clock.tick(5 * DAY)
+
+    def code():
+        session.days, session.permanent = 5, False
+        assert session.save()
+        return session.days, session.permanent, (session.used - began).days
+
+    assert visitor.do(code) == (5, False, 5)
+
+
+@sealed_stores
+def test_days_that_nobody_saved_are_not_stored_with_the_use_and_a_warning_says_so(
+        place, clock, caplog):
+    session = place()
+    visitor = known(session, a=1)
+    clock.tick(5 * DAY)
+    visitor.do(lambda: setattr(session, 'days', 5))
+    assert visitor.told() and logged(caplog, 'did not save')
+    assert visitor.do(lambda: session.days) == 30
+
+
+@every_store
+def test_a_block_keeps_no_lock_of_another_cookie_that_names_no_session(place, clock):
+    session = place(days=1)
+    ids = [known(session, n=1).cookies['bsession']]
+    name, = place.records()
+    clock.tick(2 * DAY)
+    ids.append(known(session, n=2).cookies['bsession'])
+    visitor = Browser(session)
+
+    def code():
+        with session:
+            lock = place.store().lock(name)
+            assert lock is None or place.store().unlock(name, lock[0]) is None
+            session['n'] += 1
+
+    visitor.do(code, HTTP_COOKIE='; '.join('bsession=' + id for id in ids))
+    assert Browser(session, {'bsession': ids[1]}).data() == {'n': 3}

@@ -542,9 +542,12 @@ def test_a_value_that_cannot_be_compared_counts_as_a_change(place):
             elsewhere(visitor.tab().do, saves(session, values=[2]))
             with pytest.raises(SessionError, match='values.*list.*closed file'), session:
                 pass
+            session['values'] = [3]
+            with session:  # the lock is free again
+                pass
 
         visitor.do(code)
-        assert visitor.data() == {'values': [2]}
+        assert visitor.data() == {'values': [3]}
 
 
 @three_stores

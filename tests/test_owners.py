@@ -73,6 +73,7 @@ def test_what_revoke_leaves_is_absent_and_confirms_no_guess_of_the_secret(place,
     visitor = log_in(session)
     name, = place.records()
     place.store().remove(name)
+    assert session.logins('joe') == []
     session.revoke('joe')
     assert visitor.data() == {} and not logged(caplog, 'damaged')
     left = place.everything()
@@ -140,7 +141,7 @@ def test_a_session_that_moves_between_lists_is_never_missed(place, nth, use, mov
 
 
 @every_store
-def test_a_new_session_that_could_not_be_undone_stays_listed(place):
+def test_a_new_session_that_could_not_be_undone_stays_listed(place, caplog):
     session = place(watched=True)
     visitor = log_in(session)
 
@@ -151,7 +152,22 @@ def test_a_new_session_that_could_not_be_undone_stays_listed(place):
 
     visitor.do(code)
     session.store.failing.clear()
+    assert logged(caplog, 'is left until it expires')
     assert len(session.logins('joe')) == len(place.records()) == session.revoke('joe')
+
+
+@every_store
+def test_a_block_whose_session_was_ended_before_knows_no_owner_any_more(place):
+    session = place()
+    visitor = log_in(session, a=1)
+
+    def code():
+        assert session.owner == 'joe'
+        visitor.meanwhile(session.purge)
+        with session:
+            assert (session.owner, session.id, session.copy()) == (None, None, {})
+
+    visitor.do(code)
 
 
 @stores('own')
@@ -258,8 +274,32 @@ def test_a_list_never_ends_before_a_session_whose_days_two_requests_change(
     visitor.do(code)
     lives = visitor.do(lambda: session.days)
     clock.tick((lives - 1) * DAY)
-    assert visitor.do(lambda: session.owner) == 'joe'
-    assert len(session.logins('joe')) == 1 == session.revoke('joe')
+    assert len(session.logins('joe')) == 1
+    assert visitor.do(lambda: session.owner) == 'joe' and session.revoke('joe') == 1
+
+
+@stores('memory', 'own')
+def test_a_session_that_is_revoked_while_its_days_get_fewer_is_no_error(place):
+    session = place(watched=True)
+    visitor, watch, other = log_in(session), session.store.at, place()
+
+    def shorten():
+        session.days = 1
+        watch('replace', 2, lambda: watch('load', 1, lambda: elsewhere(other.revoke, 'joe')))
+        assert session.save()
+
+    visitor.do(shorten)
+    assert not visitor.data() and not place.records(b'l')
+
+
+@every_store
+def test_a_save_that_another_request_made_unneeded_leaves_the_session_listed(place, clock):
+    session = place()
+    visitor = log_in(session)
+    clock.tick(5 * DAY)  # the use is due, and will be listed
+    assert visitor.do(lambda: (session.update(x=1), visitor.meanwhile(saves(session, x=1)),
+                               session.save())[-1]) is False
+    assert len(session.logins('joe')) == 1
 
 
 @stores('memory', 'file')
