@@ -1779,7 +1779,6 @@ class _Visit:
             session.store.remove(name)
         for name, owner in owners.items():
             session._owners.leave(owner, name)
-        self.unlock()
         self._reset('it was purged in this request', False)
         self.data = {} if self.data is None else self.data
         self.data.clear()
