@@ -359,6 +359,9 @@ def test_what_was_saved_of_days_and_use_is_read_in_the_same_request(place, clock
     def code():
         session.days, session.permanent = 5, False
         assert session.save()
+        session.days = 7
+        session.days = 5
+        assert not session.dirty
         return session.days, session.permanent, (session.used - began).days
 
     assert visitor.do(code) == (5, False, 5)

@@ -182,6 +182,25 @@ def test_a_store_that_never_does_it_is_an_error_at_last(session, method, act):
 
 
 @every_store
+def test_a_new_id_that_fails_in_a_block_keeps_its_lock(place):
+    session = place(watched=True, lock_timeout=0.1)
+    visitor, late = known(session, n=1), place(lock_timeout=0.1)
+
+    def code():
+        with session:
+            session.store.failing = {'create'}
+            with pytest.raises(StoreError):
+                session.regenerate()
+            session.store.failing = set()
+            with pytest.raises(bottle_session.SessionBusy):
+                visitor.meanwhile(saves(late, n=2), late)
+            session['n'] += 1
+
+    visitor.do(code)
+    assert visitor.data() == {'n': 2}
+
+
+@every_store
 def test_a_log_out_that_fails_half_way_keeps_the_session_that_is_seen(place):
     session = place(watched=True)
     mine, other = known(session, a=1), known(session, b=2)
