@@ -2277,12 +2277,10 @@ class Session(MutableMapping):  # type: ignore[type-arg]
 
     def apply(self, callback: Callable[..., Any], route: bottle.Route) -> Callable[..., Any]:
         """ Give the session to a route with an argument `session`. """
-        try:
-            argument = inspect.signature(route.callback).parameters.get('session')
-        except (TypeError, ValueError):  # a callable that does not tell
-            argument = None
-        # A wildcard <session> comes first.
-        return functools.partial(callback, session=self) if argument else callback
+        with suppress(ValueError):  # of a callable that does not tell
+            if 'session' in inspect.signature(route.callback).parameters:
+                return functools.partial(callback, session=self)  # a wildcard comes first
+        return callback
 
     def _saves_itself(self, request: _Request) -> bool:
         """ Tell whether this request saves without being told. """
