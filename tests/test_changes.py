@@ -15,8 +15,10 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from harness import (  # noqa: E402
     DAY, Boom, Browser, Thing, clock, known, logged, nothing_secret_is_logged, place, redis_url,
-    sealed_stores, stores)
+    saves, sealed_stores, stores)
 from test_bottle_session import NAN, NOON, Size  # noqa: E402
+
+from bottle_session import SessionError, Store  # noqa: E402
 
 every_store = stores('memory', 'file', 'own', 'redis')
 
@@ -328,6 +330,28 @@ def test_what_is_in_many_places_at_once_is_not_compared_in_each_of_them(place):
 
     visitor.do(code)
     assert Row.pickled < 1_000_000 and len(visitor.data()['rows']) == 3
+
+
+@stores('file', 'own')
+def test_data_that_cannot_be_stored_together_are_an_error_and_not_stored(place):
+    class Sorting:
+        loads = json.loads
+
+        def dumps(data):
+            return json.dumps(data, sort_keys=True)
+
+    session = place(serializer=Sorting)
+    visitor = known(session, a=1)
+    with pytest.raises(SessionError, match="cannot be stored: '<' not supported"):
+        visitor.do(lambda: session.data.update({1: 2}) or session.save())
+    assert visitor.data() == {'a': 1}
+
+
+@pytest.mark.parametrize('method, arguments', [('load', 1), ('create', 3), ('replace', 4), ('remove', 1),
+                                                ('lock', 1), ('unlock', 2), ('sweep', 1)])
+def test_a_store_that_lacks_a_method_says_so(method, arguments):
+    with pytest.raises(NotImplementedError):
+        getattr(Store(), method)(*range(arguments))
 
 
 # What the head says

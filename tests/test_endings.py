@@ -6,7 +6,6 @@ import contextlib
 import copy
 import datetime
 import io
-import json
 import logging
 import os
 import pickle
@@ -26,7 +25,7 @@ from harness import (  # noqa: E402
     DAY, SECRET, Boom, Browser, adding, cases, clock, elsewhere, held, known, logged,
     nothing_secret_is_logged, place, raises, redis_url, saves, session, stores)
 
-from bottle_session import Session, SessionBusy, SessionError, Store, StoreError  # noqa: E402
+from bottle_session import Session, SessionBusy, SessionError, StoreError  # noqa: E402
 
 every_store = stores('memory', 'file', 'own', 'redis')
 three_stores = stores('memory', 'file', 'own')
@@ -98,6 +97,19 @@ def test_a_generator_that_crashes_after_its_first_chunk_stores_nothing(place):
 
     with pytest.raises(Boom):
         visitor.get(code=chunks)
+    assert visitor.data() == JOE
+
+
+@three_stores
+def test_an_error_handler_that_crashes_stores_nothing_of_itself_or_of_the_route(place):
+    session = place()
+    visitor = known(session, **JOE).tab(plugin=True)
+
+    @visitor.app.error(404)
+    def handler(error):
+        half_done(session)
+
+    assert visitor.get(code=lambda: session.update(n=1) or bottle.abort(404)).status == 500
     assert visitor.data() == JOE
 
 
@@ -674,25 +686,3 @@ def test_the_plugin_takes_a_route_that_does_not_tell_its_arguments(session):
     visitor = Browser(session, plugin=True)
     visitor.app.route('/dict', callback=dict)
     assert visitor.get('/dict').status == 200
-
-
-@sealed_two
-def test_data_that_cannot_be_stored_together_are_an_error_and_not_stored(place):
-    class Sorting:
-        loads = json.loads
-
-        def dumps(data):
-            return json.dumps(data, sort_keys=True)
-
-    session = place(serializer=Sorting)
-    visitor = known(session, **JOE)
-    with pytest.raises(SessionError, match="cannot be stored: '<' not supported"):
-        visitor.do(lambda: session.data.update({1: 2}) or session.save())
-    assert visitor.data() == JOE
-
-
-@cases('method, arguments', [('load', 1), ('create', 3), ('replace', 4), ('remove', 1),
-                             ('lock', 1), ('unlock', 2), ('sweep', 1)])
-def test_a_store_that_lacks_a_method_says_so(method, arguments):
-    with pytest.raises(NotImplementedError):
-        getattr(Store(), method)(*range(arguments))
