@@ -2512,7 +2512,6 @@ class _Request:
                 body.close()
             self.finish()
         except SessionError as error:  # too late to answer with it
-            self.crashed = True
             _log.warning('%s: a change after the first chunk was not saved: %s',
                          self.rule(), error)
         finally:
