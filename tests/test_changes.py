@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, given, settings, strategies
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from conftest import in_child  # noqa: E402
 from harness import (  # noqa: E402
     DAY, Boom, Browser, Thing, clock, known, logged, nothing_secret_is_logged, place, redis_url,
-    saves, sealed_stores, stores)
+    saves, sealed_stores, session, stores)
 from test_bottle_session import NAN, NOON, Size  # noqa: E402
 
 from bottle_session import SessionError, Store  # noqa: E402
@@ -419,3 +420,22 @@ def test_a_block_keeps_no_lock_of_another_cookie_that_names_no_session(place, cl
 
     visitor.do(code, HTTP_COOKIE='; '.join('bsession=' + id for id in ids))
     assert Browser(session, {'bsession': ids[1]}).data() == {'n': 3}
+
+
+@stores('file')
+@pytest.mark.skipif(sys.platform != 'linux', reason='needs limits of the memory')
+def test_a_session_for_which_there_is_no_memory_is_an_error_and_no_log_out(session):
+    import resource
+    visitor = known(session, film=os.urandom(60_000_000))
+
+    def read(*megabytes):
+        with open('/proc/self/statm') as file:
+            size = int(file.read().split()[0]) * resource.getpagesize()
+        for spare in megabytes:
+            resource.setrlimit(resource.RLIMIT_AS, (size + spare * 1_000_000, -1))
+            status = visitor.get(code=lambda: str('film' in session)).status
+            assert status == 503 or visitor.last.body == 'True'
+            yield status
+
+    statuses = in_child(lambda: [*read(*range(0, 300, 20), 4000)])
+    assert 503 in statuses and statuses[-1] == 200

@@ -20,7 +20,6 @@ from bottle import HTTPResponse, redirect, request, response
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from conftest import in_child  # noqa: E402
 from harness import (  # noqa: E402
     DAY, SECRET, Boom, Browser, adding, cases, clock, elsewhere, held, known, logged,
     nothing_secret_is_logged, place, raises, redis_url, saves, session, stores)
@@ -126,6 +125,7 @@ def test_a_save_that_fails_at_the_end_closes_the_body_that_is_not_sent(session):
 
     answer = visitor.get(code=chunks)
     assert answer.status == 500 and 'chunk' not in answer.body and closed == [True]
+    assert visitor.get(method='HEAD', code=chunks).body == ''
     visitor.app.catchall = False  # then the server gets the error
     with pytest.raises(SessionError, match='bad.*generator'):
         visitor.get(code=lambda: session.update(bad=iter(chunks())))
@@ -245,6 +245,23 @@ def test_a_generator_that_saves_after_its_first_chunk_is_not_warned_about(sessio
 
     assert visitor.get(code=stream).body == 'ab' and visitor.data() == {**JOE, 'n': 1}
     assert not logged(caplog, level=logging.WARNING)
+
+
+@sealed_two
+def test_between_two_chunks_no_request_runs_and_at_the_end_changes_are_warned_about(
+        session, caplog):
+    visitor = known(session, **JOE)
+
+    def stream():
+        for session['n'] in range(3):
+            yield b'a'
+
+    chunks = visitor.app(visitor.environ(code=stream), lambda *_: None)
+    for _ in chunks:
+        with pytest.raises(RuntimeError, match='only be used in a request'):
+            session.connect()
+    chunks.close()
+    assert logged(caplog, 'did not save') and visitor.data() == JOE
 
 
 @sealed_two
@@ -660,25 +677,6 @@ def test_a_block_that_is_left_in_another_request_is_an_error_and_harms_no_other_
 
     visitor.do(code)
     assert visitor.data() == {'n': 1}
-
-
-@stores('file')
-@pytest.mark.skipif(sys.platform != 'linux', reason='needs limits of the memory')
-def test_a_session_for_which_there_is_no_memory_is_an_error_and_no_log_out(session):
-    import resource
-    visitor = known(session, film=os.urandom(60_000_000))
-
-    def read(*megabytes):
-        with open('/proc/self/statm') as file:
-            size = int(file.read().split()[0]) * resource.getpagesize()
-        for spare in megabytes:
-            resource.setrlimit(resource.RLIMIT_AS, (size + spare * 1_000_000, -1))
-            status = visitor.get(code=lambda: str('film' in session)).status
-            assert status == 503 or visitor.last.body == 'True'
-            yield status
-
-    statuses = in_child(lambda: [*read(*range(0, 300, 20), 4000)])
-    assert 503 in statuses and statuses[-1] == 200
 
 
 @three_stores
