@@ -2550,9 +2550,6 @@ def _wsgi(app: bottle.Bottle, environ: dict[str, Any], start_response: Any) -> A
             body, goes_on = _run_on(request, body), True
             next(body)
         return body
-    except BaseException:
-        request.crashed = True
-        raise
     finally:
         _current.reset(token)
         if not goes_on:
