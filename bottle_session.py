@@ -1751,7 +1751,7 @@ class _Visit:
                     session._owners.leave(owner_before, name)
                     return True
                 self._undo(*new)
-                lives = self._merge(self._lock(name))
+                lives = self._merge(stored) and self._merge(self._lock(name))
             return self._end_elsewhere()
         finally:
             if not self.depth or self.name != name:
