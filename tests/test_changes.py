@@ -15,11 +15,11 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from conftest import in_child  # noqa: E402
 from harness import (  # noqa: E402
-    DAY, Boom, Browser, Thing, clock, known, logged, nothing_secret_is_logged, place, redis_url,
-    saves, sealed_stores, session, stores)
+    DAY, Boom, Browser, Thing, adding, clock, known, logged, nothing_secret_is_logged, place,
+    redis_url, saves, sealed_stores, session, stores)
 from test_bottle_session import NAN, NOON, Size  # noqa: E402
 
-from bottle_session import SessionError, Store  # noqa: E402
+from bottle_session import SessionBusy, SessionError, Store  # noqa: E402
 
 every_store = stores('memory', 'file', 'own', 'redis')
 
@@ -439,3 +439,34 @@ def test_a_session_for_which_there_is_no_memory_is_an_error_and_no_log_out(sessi
 
     statuses = in_child(lambda: [*read(*range(0, 300, 20), 4000)])
     assert 503 in statuses and statuses[-1] == 200
+
+
+@every_store
+def test_a_block_that_is_left_in_another_request_is_an_error_and_harms_no_other_block(place):
+    session = place(lock_timeout=0.1)
+    visitor = known(session, n=0)
+
+    def chunks():
+        with session:
+            yield
+
+    dropped = chunks()
+    visitor.do(lambda: next(dropped))
+
+    def code():
+        with pytest.raises(RuntimeError, match='only be used in a request'):
+            dropped.close()
+        with session:
+            session['n'] = 1
+            with pytest.raises(SessionBusy):
+                visitor.meanwhile(adding(session))
+
+    visitor.do(code)
+    assert visitor.data() == {'n': 1}
+
+
+@every_store
+def test_the_plugin_takes_a_route_that_does_not_tell_its_arguments(session):
+    visitor = Browser(session, plugin=True)
+    visitor.app.route('/dict', callback=dict)
+    assert visitor.get('/dict').status == 200
