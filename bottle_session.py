@@ -1465,14 +1465,17 @@ class _Visit:
         if data is not None:
             return data
         session = self.session
-        for id in session._cookie.ids(self.request.environ):
-            name = session._seal.name(id)
-            data = self._open(id, name, (fetch or session.store.load)(name))
-            if data is not None:
-                break
-            self.unlock()
-        else:
-            data, self.ended = {}, self.moved
+        try:
+            for id in session._cookie.ids(self.request.environ):
+                name = session._seal.name(id)
+                data = self._open(id, name, (fetch or session.store.load)(name))
+                if data is not None:
+                    break
+                self.unlock()
+            else:
+                data, self.ended = {}, self.moved
+        except MemoryError as error:  # it may be well in a moment
+            raise StoreError() from error
         self.data = data
         return data
 
@@ -1498,8 +1501,6 @@ class _Visit:
             self.why = 'the stored session %s' % error
             _log.warning('session %s %s; it is treated as absent', _public(name), error)
             return None
-        except MemoryError as error:  # it may be well in a moment
-            raise StoreError() from error
         self.id, self.name, self.record, self.payload = id, name, record, payload
         self.head, self.older, self.stored = head, older, None
         life = (head.days or session._days) * _DAY
@@ -1516,7 +1517,7 @@ class _Visit:
         """ Return the data as they are stored, to compare with. """
         stored: dict[Any, Any] | None = self.stored
         if stored is None:
-            self.stored = stored = self.session._seal.loads(self.payload) if self.id else {}
+            self.stored = stored = self.session._seal.loads(self.payload)
         return stored
 
     def changes(self) -> set[Any]:
@@ -1551,8 +1552,8 @@ class _Visit:
         return payload
 
     def dirty(self) -> bool:
-        data = self.load()
-        return self.pending() is not None if self.id else bool(data) and not self.ended
+        self.load()
+        return self.pending() is not None
 
     def dumps(self) -> Any:
         """ Return the data serialized. What does not load back must not be stored. """
@@ -1617,16 +1618,15 @@ class _Visit:
         stored = _retry_busy(seconds, '', session.store.replace, name, self.record[:_VERSION],
                              record, expires, self.held and self._own_lock())
         if stored != record:
-            if listed and _kind_of(stored) != _SESSION:
+            if _kind_of(stored) != _SESSION:
                 session._owners.leave(head.owner, name)
             return stored
         self.record, self.payload, self.older = record, payload, False
         if renewed:
             before, self.head, self.expires = self.expires, head, expires
-            if listed and expires < before:
+            if expires < before:
                 session._owners.leave(head.owner, name, before, expires)
-            if not self.request.sent:
-                self._set_cookie()
+            self._set_cookie()
         return record
 
     def _mark_saved(self) -> None:
@@ -1644,7 +1644,7 @@ class _Visit:
     def _merge(self, record: Any) -> bool:
         """ Take over what is stored by now, beneath the changes of this request; tell
             whether the session still exists. """
-        if record and record == self.record:
+        if record == self.record:
             return self.session.clock() < self.expires
         data, old, changed = self.data, self.load_stored(), self.changes()
         newest, same = self._open(self.id or '', self.name, record), self.session._seal.same
@@ -1678,7 +1678,6 @@ class _Visit:
     def _reset(self, why: str, ended: bool) -> None:
         self.why, self.ended, self.moved, self.older = why, ended, False, False
         self.id, self.head, self.payload = None, _NO_HEAD, None
-        self.touched, self.stored = {}, None
 
     def _next_head(self, owner: str | None = None) -> _Head:
         """ Return a head that records this use, and mends what a wrong clock left. """
@@ -1732,7 +1731,7 @@ class _Visit:
             self.roll_back()
         data = self.load()
         login = {'created': self.session.clock(), 'note': note} if owner else {}
-        if self.id and self._move(owner or self.head.owner, login):
+        if self.id and self._move(owner, login):
             return
         if self.ended and not self.moved:
             if not owner:
@@ -1769,7 +1768,7 @@ class _Visit:
                 lives = self._merge(stored) and self._merge(self._lock(name))
             return self._end_elsewhere()
         finally:
-            if self.held and (not self.depth or self.name != name):
+            if not self.depth or self.name != name:
                 self.unlock()
 
     def _undo(self, id: str, name: str, record: Any, head: _Head, *rest: Any) -> None:
@@ -1794,7 +1793,6 @@ class _Visit:
             session.store.remove(name)
         for name, owner in owners.items():
             session._owners.leave(owner, name)
-        self.unlock()
         self._reset('it was purged in this request', False)
         self.data = {} if self.data is None else self.data
         self.data.clear()
@@ -2293,12 +2291,10 @@ class Session(MutableMapping):  # type: ignore[type-arg]
 
     def apply(self, callback: Callable[..., Any], route: bottle.Route) -> Callable[..., Any]:
         """ Give the session to a route with an argument `session`. """
-        try:
-            argument = inspect.signature(route.callback).parameters.get('session')
-        except (TypeError, ValueError):  # a callable that does not tell
-            argument = None
-        # A wildcard <session> comes first.
-        return functools.partial(callback, session=self) if argument else callback
+        with suppress(ValueError):  # of a callable that does not tell
+            if 'session' in inspect.signature(route.callback).parameters:
+                return functools.partial(callback, session=self)  # a wildcard comes first
+        return callback
 
     def _saves_itself(self, request: _Request) -> bool:
         """ Tell whether this request saves without being told. """
@@ -2530,7 +2526,6 @@ class _Request:
                 body.close()
             self.finish()
         except SessionError as error:  # too late to answer with it
-            self.crashed = True
             _log.warning('%s: a change after the first chunk was not saved: %s',
                          self.rule(), error)
         finally:
@@ -2569,9 +2564,6 @@ def _wsgi(app: bottle.Bottle, environ: dict[str, Any], start_response: Any) -> A
             body, goes_on = _run_on(request, body), True
             next(body)
         return body
-    except BaseException:
-        request.crashed = True
-        raise
     finally:
         _current.reset(token)
         if not goes_on:

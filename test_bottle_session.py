@@ -1560,7 +1560,7 @@ def test_cookie_and_data_survive_a_sub_request_outside_of_the_route(session, whe
 # 7. Lifetime #################################################################
 
 
-@cases('days, own', [(30, False), (0.25, False), (90, True)])
+@cases('days, own', [(30, False), (0.25, False), (0.25, True), (90, True)])
 def test_lifetime_is_days_after_the_last_use(place, clock, days, own):
     session = place(**({} if own else {'days': days}))
     visitor = known(session, user='joe')

@@ -8,13 +8,20 @@ import pickle
 import sys
 import types
 
+import pytest
 from hypothesis import HealthCheck, given, settings, strategies
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
+from conftest import in_child  # noqa: E402
 from harness import (  # noqa: E402
-    Boom, Browser, Thing, known, nothing_secret_is_logged, place, redis_url, stores)
+    DAY, Boom, Browser, Thing, adding, clock, known, logged, nothing_secret_is_logged, place,
+    redis_url, saves, sealed_stores, session, stores)
 from test_bottle_session import NAN, NOON, Size  # noqa: E402
+
+from bottle_session import SessionBusy, SessionError, Store  # noqa: E402
+
+every_store = stores('memory', 'file', 'own', 'redis')
 
 settings.register_profile('here', deadline=None, max_examples=100, database=None,
                           derandomize=bool(os.environ.get('CI')),
@@ -324,3 +331,142 @@ def test_what_is_in_many_places_at_once_is_not_compared_in_each_of_them(place):
 
     visitor.do(code)
     assert Row.pickled < 1_000_000 and len(visitor.data()['rows']) == 3
+
+
+@stores('file', 'own')
+def test_data_that_cannot_be_stored_together_are_an_error_and_not_stored(place):
+    class Sorting:
+        loads = json.loads
+
+        def dumps(data):
+            return json.dumps(data, sort_keys=True)
+
+    session = place(serializer=Sorting)
+    visitor = known(session, a=1)
+    with pytest.raises(SessionError, match="cannot be stored: '<' not supported"):
+        visitor.do(lambda: session.data.update({1: 2}) or session.save())
+    assert visitor.data() == {'a': 1}
+
+
+@pytest.mark.parametrize('method, arguments', [('load', 1), ('create', 3), ('replace', 4), ('remove', 1),
+                                                ('lock', 1), ('unlock', 2), ('sweep', 1)])
+def test_a_store_that_lacks_a_method_says_so(method, arguments):
+    with pytest.raises(NotImplementedError):
+        getattr(Store(), method)(*range(arguments))
+
+
+# What the head says
+
+@every_store
+@pytest.mark.parametrize('act', ['save', 'regenerate'])
+def test_a_session_that_another_request_kept_alive_is_saved(place, clock, act):
+    session = place(days=1)
+    visitor = known(session, a=1)
+    clock.tick(0.9 * DAY)
+
+    def code():
+        session['b'] = 2
+        visitor.meanwhile(lambda: session['a'])  # records its use
+        clock.tick(0.5 * DAY)
+        getattr(session, act)()
+
+    visitor.do(code)
+    assert visitor.data() == {'a': 1, 'b': 2}
+
+
+@every_store
+def test_what_was_saved_of_days_and_use_is_read_in_the_same_request(place, clock):
+    session = place()
+    visitor = known(session, a=1)
+    began = visitor.do(lambda: session.used)
+    clock.tick(5 * DAY)
+
+    def code():
+        session.days, session.permanent = 5, False
+        assert session.save()
+        session.days = 7
+        session.days = 5
+        assert not session.dirty
+        return session.days, session.permanent, (session.used - began).days
+
+    assert visitor.do(code) == (5, False, 5)
+
+
+@sealed_stores
+def test_days_that_nobody_saved_are_not_stored_with_the_use_and_a_warning_says_so(
+        place, clock, caplog):
+    session = place()
+    visitor = known(session, a=1)
+    clock.tick(5 * DAY)
+    visitor.do(lambda: setattr(session, 'days', 5))
+    assert visitor.told() and logged(caplog, 'did not save')
+    assert visitor.do(lambda: session.days) == 30
+
+
+@every_store
+def test_a_block_keeps_no_lock_of_another_cookie_that_names_no_session(place, clock):
+    session = place(days=1)
+    ids = [known(session, n=1).cookies['bsession']]
+    name, = place.records()
+    clock.tick(2 * DAY)
+    ids.append(known(session, n=2).cookies['bsession'])
+    visitor = Browser(session)
+
+    def code():
+        with session:
+            lock = place.store().lock(name)
+            assert lock is None or place.store().unlock(name, lock[0]) is None
+            session['n'] += 1
+
+    visitor.do(code, HTTP_COOKIE='; '.join('bsession=' + id for id in ids))
+    assert Browser(session, {'bsession': ids[1]}).data() == {'n': 3}
+
+
+@stores('file')
+@pytest.mark.skipif(sys.platform != 'linux', reason='needs limits of the memory')
+def test_a_session_for_which_there_is_no_memory_is_an_error_and_no_log_out(session):
+    import resource
+    visitor = known(session, film=os.urandom(60_000_000))
+
+    def read(*megabytes):
+        with open('/proc/self/statm') as file:
+            size = int(file.read().split()[0]) * resource.getpagesize()
+        for spare in megabytes:
+            resource.setrlimit(resource.RLIMIT_AS, (size + spare * 1_000_000, -1))
+            status = visitor.get(code=lambda: str('film' in session)).status
+            assert status == 503 or visitor.last.body == 'True'
+            yield status
+
+    statuses = in_child(lambda: [*read(*range(0, 300, 20), 4000)])
+    assert 503 in statuses and statuses[-1] == 200
+
+
+@every_store
+def test_a_block_that_is_left_in_another_request_is_an_error_and_harms_no_other_block(place):
+    session = place(lock_timeout=0.1)
+    visitor = known(session, n=0)
+
+    def chunks():
+        with session:
+            yield
+
+    dropped = chunks()
+    visitor.do(lambda: next(dropped))
+
+    def code():
+        with pytest.raises(RuntimeError, match='only be used in a request'):
+            dropped.close()
+        with session:
+            session['n'] = 1
+            with pytest.raises(SessionBusy):
+                visitor.meanwhile(adding(session))
+
+    visitor.do(code)
+    assert visitor.data() == {'n': 1}
+
+
+@every_store
+def test_the_plugin_takes_a_route_that_does_not_tell_its_arguments(session):
+    visitor = Browser(session, plugin=True)
+    visitor.app.route('/dict', callback=dict)
+    assert visitor.get('/dict').status == 200

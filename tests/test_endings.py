@@ -88,6 +88,53 @@ def test_a_generator_that_crashes_before_its_first_chunk_stores_nothing(place, h
 
 
 @three_stores
+def test_a_generator_that_crashes_after_its_first_chunk_stores_nothing(place):
+    session = place()
+    visitor = known(session, **JOE).tab(plugin=True)
+
+    def chunks():
+        yield 'text'
+        half_done(session)
+
+    with pytest.raises(Boom):
+        visitor.get(code=chunks)
+    assert visitor.data() == JOE
+
+
+@three_stores
+def test_an_error_handler_that_crashes_stores_nothing_of_itself_or_of_the_route(place):
+    session = place()
+    visitor = known(session, **JOE).tab(plugin=True)
+
+    @visitor.app.error(404)
+    def handler(error):
+        half_done(session)
+
+    assert visitor.get(code=lambda: session.update(n=1) or bottle.abort(404)).status == 500
+    assert visitor.data() == JOE
+
+
+@sealed_two
+def test_a_save_that_fails_at_the_end_closes_the_body_that_is_not_sent(session):
+    visitor, closed = known(session, **JOE).tab(plugin=True), []
+
+    def chunks():
+        try:
+            session['bad'] = iter(chunks())
+            yield 'chunk'
+        finally:
+            closed.append(True)
+
+    answer = visitor.get(code=chunks)
+    assert answer.status == 500 and 'chunk' not in answer.body and closed == [True]
+    assert visitor.get(method='HEAD', code=chunks).body == ''
+    visitor.app.catchall = False  # then the server gets the error
+    with pytest.raises(SessionError, match='bad.*generator'):
+        visitor.get(code=lambda: session.update(bad=iter(chunks())))
+    assert visitor.data() == JOE
+
+
+@three_stores
 @cases('how', ['plain', 'merged', 'mounted', 'mounted by WSGI'])
 @cases('way', ['save', 'with', 'plugin'])
 def test_an_error_handler_stores_what_it_changed_and_nothing_of_a_generator(place, how, way):
@@ -200,6 +247,23 @@ def test_a_generator_that_saves_after_its_first_chunk_is_not_warned_about(sessio
 
     assert visitor.get(code=stream).body == 'ab' and visitor.data() == {**JOE, 'n': 1}
     assert not logged(caplog, level=logging.WARNING)
+
+
+@sealed_two
+def test_between_two_chunks_no_request_runs_and_at_the_end_changes_are_warned_about(
+        session, caplog):
+    visitor = known(session, **JOE)
+
+    def stream():
+        for session['n'] in range(3):
+            yield b'a'
+
+    chunks = visitor.app(visitor.environ(code=stream), lambda *_: None)
+    for _ in chunks:
+        with pytest.raises(RuntimeError, match='only be used in a request'):
+            session.connect()
+    chunks.close()
+    assert logged(caplog, 'did not save') and visitor.data() == JOE
 
 
 @sealed_two
@@ -504,6 +568,18 @@ def test_a_value_that_cannot_be_compared_counts_as_a_change(place):
             visitor.do(saves(session, values=[Closed()]))
         assert visitor.data() == {'values': [1]}
 
+        def code():  # a change, also where another request's is found first
+            session['values'] = [Closed()]
+            elsewhere(visitor.tab().do, saves(session, values=[2]))
+            with pytest.raises(SessionError, match='values.*list.*closed file'), session:
+                pass
+            session['values'] = [3]
+            with session:  # the lock is free again
+                pass
+
+        visitor.do(code)
+        assert visitor.data() == {'values': [3]}
+
 
 @three_stores
 @cases('answer', ['another status', 'a redirect', 'a save'])
@@ -552,17 +628,19 @@ class Handle:
 @stores('memory')
 def test_memory_mode_compares_objects_by_identity_wherever_they_are(session):
     first, second = Handle(1), Handle(2)
-    cycle, again = [], []
+    cycle, again, deep, deeper = [], [], [], []
     cycle.append(cycle)
     again.append(again)
+    for _ in range(5000):
+        deep, deeper = [deep], [deeper]
     visitor = known(session, bare=first, list=[first], dict={'a': (first,)}, plain=[{1}, {'a': 1}],
-                    cycle=cycle)
+                    cycle=cycle, deep=deep)
     same = {'bare': first, 'list': [first], 'dict': {'a': (first,)}, 'plain': [{1}, {'a': 1}],
-            'cycle': cycle}
+            'cycle': again, 'deep': deep}
     assert not visitor.do(saves(session, **same))
     for change in ({'bare': second}, {'list': [second]}, {'dict': {'a': (second,)}},
-                   {'plain': [{True}, {'a': 1}]}, {'cycle': again}):
-        assert visitor.do(saves(session, **change)), change
+                   {'plain': [{True}, {'a': 1}]}, {'deep': deeper}):
+        assert visitor.do(saves(session, **change)), list(change)
     assert visitor.data()['list'][0] is visitor.data()['dict']['a'][0] is second
 
 

@@ -114,6 +114,28 @@ def test_busy_is_an_error_that_an_app_can_catch(shared):
         assert within(take, cookie).value == (503, True)
 
 
+def test_who_waits_in_a_process_gets_the_lock_before_anybody_gets_it_twice(shared):
+    cookie, order, threads = shared.issue_cookie({'n': 0}), [], []
+
+    def twice(number):
+        for _ in range(2):
+            with shared:
+                order.append(number)
+
+    def hold():
+        with shared:
+            for number in range(5):
+                threads.append(threading.Thread(
+                    target=within, args=(lambda number=number: twice(number), cookie)))
+                threads[-1].start()
+            time.sleep(1)  # they wait
+
+    within(hold, cookie)
+    for thread in threads:
+        thread.join()
+    assert sorted(order[:5]) == sorted(order[5:]) == [*range(5)], order
+
+
 def test_a_log_out_does_not_wait_for_a_holder_which_then_finds_it(shared):
     cookie = shared.issue_cookie({'n': 0})
     shared.lock_timeout = 0

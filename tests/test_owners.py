@@ -12,7 +12,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from harness import (  # noqa: E402
     DAY, SECRET, Boom, Browser, clock, elsewhere, held, known, logged, nothing_secret_is_logged,
-    place, redis_url, saves, stores)
+    place, redis_url, saves, session, stores)
 
 import bottle_session  # noqa: E402
 from bottle_session import StoreError  # noqa: E402
@@ -68,12 +68,14 @@ def test_a_save_that_comes_too_late_leaves_no_entry_in_the_list(place, clock):
 
 
 @stores('file', 'own', 'redis')
-def test_what_revoke_leaves_confirms_no_guess_of_the_secret(place):
+def test_what_revoke_leaves_is_absent_and_confirms_no_guess_of_the_secret(place, caplog):
     session = place()
-    log_in(session)
+    visitor = log_in(session)
     name, = place.records()
     place.store().remove(name)
+    assert session.logins('joe') == []
     session.revoke('joe')
+    assert visitor.data() == {} and not logged(caplog, 'damaged')
     left = place.everything()
     assert set(left) == {name}
     with pytest.raises(Exception, match='damaged'):
@@ -139,19 +141,63 @@ def test_a_session_that_moves_between_lists_is_never_missed(place, nth, use, mov
 
 
 @every_store
-def test_a_new_session_that_could_not_be_undone_stays_listed(place):
+def test_a_new_session_that_could_not_be_undone_stays_listed(place, caplog):
     session = place(watched=True)
     visitor = log_in(session)
 
     def code():
-        session.store.failing = {'replace', 'remove'}
-        session.store.at('replace', 2, str)
+        session.store.at('replace', 2, lambda: session.store.failing.update(('replace', 'remove')))
         with pytest.raises(StoreError):
             session.regenerate()
 
     visitor.do(code)
-    session.store.failing = set()
+    session.store.failing.clear()
+    assert logged(caplog, 'is left until it expires')
     assert len(session.logins('joe')) == len(place.records()) == session.revoke('joe')
+
+
+@every_store
+def test_a_block_whose_session_was_ended_before_knows_no_owner_any_more(place):
+    session = place()
+    visitor = log_in(session, a=1)
+
+    def code():
+        assert session.owner == 'joe'
+        visitor.meanwhile(session.purge)
+        with session:
+            assert (session.owner, session.id, session.copy()) == (None, None, {})
+
+    visitor.do(code)
+
+
+@stores('own')
+@pytest.mark.parametrize('method, act', [
+    ('remove', lambda session: session.revoke('joe')),
+    ('replace', lambda session: log_in(session))])
+def test_a_store_that_never_does_it_is_an_error_at_last(session, method, act):
+    log_in(session)
+    setattr(session.store, method, lambda *args: None)
+    with pytest.raises(StoreError):
+        act(session)
+
+
+@every_store
+def test_a_new_id_that_fails_in_a_block_keeps_its_lock(place):
+    session = place(watched=True, lock_timeout=0.1)
+    visitor, late = known(session, n=1), place(lock_timeout=0.1)
+
+    def code():
+        with session:
+            session.store.failing = {'create'}
+            with pytest.raises(StoreError):
+                session.regenerate()
+            session.store.failing = set()
+            with pytest.raises(bottle_session.SessionBusy):
+                visitor.meanwhile(saves(late, n=2), late)
+            session['n'] += 1
+
+    visitor.do(code)
+    assert visitor.data() == {'n': 2}
 
 
 @every_store
@@ -247,8 +293,32 @@ def test_a_list_never_ends_before_a_session_whose_days_two_requests_change(
     visitor.do(code)
     lives = visitor.do(lambda: session.days)
     clock.tick((lives - 1) * DAY)
-    assert visitor.do(lambda: session.owner) == 'joe'
-    assert len(session.logins('joe')) == 1 == session.revoke('joe')
+    assert len(session.logins('joe')) == 1
+    assert visitor.do(lambda: session.owner) == 'joe' and session.revoke('joe') == 1
+
+
+@stores('memory', 'own')
+def test_a_session_that_is_revoked_while_its_days_get_fewer_is_no_error(place):
+    session = place(watched=True)
+    visitor, watch, other = log_in(session), session.store.at, place()
+
+    def shorten():
+        session.days = 1
+        watch('replace', 2, lambda: watch('load', 1, lambda: elsewhere(other.revoke, 'joe')))
+        assert session.save()
+
+    visitor.do(shorten)
+    assert not visitor.data() and not place.records(b'l')
+
+
+@every_store
+def test_a_save_that_another_request_made_unneeded_leaves_the_session_listed(place, clock):
+    session = place()
+    visitor = log_in(session)
+    clock.tick(5 * DAY)  # the use is due, and will be listed
+    assert visitor.do(lambda: (session.update(x=1), visitor.meanwhile(saves(session, x=1)),
+                               session.save())[-1]) is False
+    assert len(session.logins('joe')) == 1
 
 
 @stores('memory', 'file')

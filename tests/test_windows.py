@@ -181,7 +181,14 @@ def test_what_another_thread_has_open_is_ended_in_place_and_stays_so(windows):
             assert ended.wait(30)
             return session.save()
 
-        for route, end in (hold, session.purge), (slow, session.regenerate):
+        def move():
+            with session:
+                held.set()
+                assert ended.wait(30)
+                session.regenerate()
+            return session.id
+
+        for route, end in (hold, session.purge), (slow, session.regenerate), (move, session.purge):
             held, ended = threading.Event(), threading.Event()
             cookie = session.issue_cookie({'user': 'joe'})
             reader = open(path_of(session, cookie))
@@ -190,7 +197,8 @@ def test_what_another_thread_has_open_is_ended_in_place_and_stays_so(windows):
                 assert held.wait(30)
                 within(end, cookie)
                 ended.set()
-            assert not late.result().value and cookie_of(late.result()) == {}
+            assert (late.result().code, late.result().value) in ((200, None), (200, False))
+            assert cookie_of(late.result()) == {}
             assert reading(session, cookie) == {}
             reader.close()
     """)
@@ -240,6 +248,18 @@ def test_a_second_process_is_told_so_until_the_first_one_dies(windows):
         other = Session('another secret, long enough', 'sessions', mode='file')
         assert other.issue_cookie({'user': 'ann'})  # two objects of one process may
     """ % id)
+
+
+def test_a_directory_that_cannot_be_made_is_an_error_with_its_cause(windows):
+    windows.run("""
+        open('file', 'w').close()
+        try:
+            FileStore('file/sessions').load('a' * 64)
+        except StoreError as error:
+            assert type(error.__cause__) is NotADirectoryError
+        else:
+            raise AssertionError('no error')
+    """)
 
 
 def test_the_command_memory_redis_and_the_examples_need_nothing_else(windows):
