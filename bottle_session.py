@@ -1305,8 +1305,13 @@ class _Owners:
         known = self.read(owner)
         over = {name for name, entry in known.items() if entry['expires'] + _DAY <= now}
         if len(known) - len(over) > most and newest in known:  # else it was ended meanwhile
-            before = itertools.takewhile(lambda item: item[0] != newest, known.items())
-            others = self.living(dict(before), now)
+            before = dict(itertools.takewhile(lambda item: item[0] != newest, known.items()))
+            others = self.living(before, now)
+            for name in before.keys() - others:  # a log-in that has no session yet comes again,
+                if self._block(name):            # behind this one
+                    self.leave(owner, name)
+                    del before[name]
+            others = self.living(before, now)
             latest = sorted(others, key=lambda name: others[name]['used'], reverse=True)
             over.update(latest[most - 1:])
         if over:
@@ -1316,11 +1321,9 @@ class _Owners:
         """ End a session, and tell whether there was one; if there is none yet, there never
             will be. """
         store = self._store
-        # Nobody has the id of this mark: its name must not help to guess a secret.
-        mark = self._seal.seal(_BLOCKED, _new_id(), _NO_HEAD)
         for _ in range(100):
             record = store.load(name)
-            if record is None and store.create(name, mark, store.clock() + _BLOCKED_SECONDS):
+            if record is None and self._block(name):
                 return False
             if record and _kind_of(record) != _SESSION:
                 return False
@@ -1332,6 +1335,12 @@ class _Owners:
                 return bool(record)
             time.sleep(0.001)  # somebody is about to store or to end it
         raise StoreError()
+
+    def _block(self, name: str) -> bool:
+        """ Have nobody store a session under this name; False if somebody did. """
+        # Nobody has the id of this mark: its name must not help to guess a secret.
+        mark = self._seal.seal(_BLOCKED, _new_id(), _NO_HEAD)
+        return self._store.create(name, mark, self._store.clock() + _BLOCKED_SECONDS)
 
     def _lists(self, owner: str | None, secrets: int | None = None,
                durable: bool = False) -> Iterator[_Entries]:
