@@ -1639,9 +1639,11 @@ class _Visit:
         self.stored, data = loaded, self.data
         if loaded is not None:  # somebody may hold what can be changed inside
             self.handed_out = True
-        # What a thread of the route has set meanwhile is not.
-        self.touched = {key: saved.get(key, _MISSING) for key in self.touched.copy()
-                        if saved.get(key, _MISSING) is not data.get(key, _MISSING)}
+        touched = self.touched
+        for key in [*touched]:  # but for what a thread of the route has set meanwhile
+            del touched[key]
+            if saved.get(key, _MISSING) is not data.get(key, _MISSING):
+                touched.setdefault(key, saved.get(key, _MISSING))
         self.due, self.options = False, _NOTHING
         if self.depth:
             self.snapshot = payload, self.options
@@ -2210,8 +2212,9 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def __setitem__(self, key: Any, value: Any) -> None:
         visit = self._visit()
         data = visit.load()
-        visit.touched.setdefault(key, data.get(key, _MISSING))
+        old = data.get(key, _MISSING)
         data[key] = value
+        visit.touched.setdefault(key, old)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._visit().load())
@@ -2231,10 +2234,10 @@ class Session(MutableMapping):  # type: ignore[type-arg]
 
     def update(self, /, *args: Any, **kwargs: Any) -> None:
         visit, new = self._visit(), dict(*args, **kwargs)
-        data, touch = visit.load(), visit.touched.setdefault
-        for key in new:
-            touch(key, data.get(key, _MISSING))
+        data = visit.load()
+        before = {key: data.get(key, _MISSING) for key in new}
         data.update(new)
+        visit.touched.update({**before, **visit.touched})
 
     def __ior__(self, other: Any) -> Session:  # type: ignore[misc]
         self.update(other)

@@ -668,7 +668,7 @@ def test_a_thread_may_set_new_keys_all_the_time(session):
             filling = pool.submit(contextvars.copy_context().run, fill)
             try:
                 sys.setswitchinterval(1e-6)
-                for _ in range(300):
+                for _ in range(1000):
                     session.save()
             finally:
                 sys.setswitchinterval(interval)
