@@ -1307,11 +1307,11 @@ class _Owners:
         if len(known) - len(over) > most and newest in known:  # else it was ended meanwhile
             before = dict(itertools.takewhile(lambda item: item[0] != newest, known.items()))
             others = self.living(before, now)
-            for name in before.keys() - others:  # a log-in that has no session yet comes again,
-                if self._block(name):            # behind this one
+            for name in before.keys() - others:
+                if self._block(name):  # a log-in without a session yet comes again, behind this
                     self.leave(owner, name)
-                    del before[name]
-            others = self.living(before, now)
+                else:
+                    others.update(self.living({name: before[name]}, now))
             latest = sorted(others, key=lambda name: others[name]['used'], reverse=True)
             over.update(latest[most - 1:])
         if over:
