@@ -494,7 +494,8 @@ class MemoryStore(Store):
     def __init__(self) -> None:
         self._records: OrderedDict[str, tuple[Any, float]] = OrderedDict()
         self._locks: dict[str, object] = {}
-        self._mutex = threading.Lock()
+        # Reentrant, as the garbage collector may close, and save, a forgotten body at any moment.
+        self._mutex = threading.RLock()
 
     def load(self, name: str) -> Any:
         return self._records.get(name, (None,))[0]
@@ -602,8 +603,8 @@ class FileStore(Store):
             try:
                 page = os.read(fd, _PAGE) or _pread(fd, 1, 0)  # which no FIFO takes
                 record = _newest(fd, page)[0]
-                if record is None and fcntl and os.fstat(fd).st_nlink:
-                    _log.warning('%s was cut; it is treated as absent', path)
+                if record is None and fcntl:
+                    _warn_if_cut(fd, path)
                 return record
             finally:
                 os.close(fd)
@@ -721,13 +722,15 @@ class FileStore(Store):
         return went
 
     def _clean_a_little(self) -> None:
-        """ Remove what has expired among a few files, once a second. """
+        """ Remove what has expired among a few files, once a second, for two milliseconds. """
         now = self.clock()
         if abs(now - self._cleaned) >= 1:
             self._cleaned = now
+            end = time.perf_counter() + 0.002
             with suppress(StoreError):  # it is in the log
-                for shard in random.sample(range(256), 4):
-                    self._clean(shard, now, 50)
+                for shard in random.sample(range(256), 16):
+                    if time.perf_counter() < end:
+                        self._clean(shard, now, 12)
 
 
 class _File:
@@ -763,6 +766,8 @@ class _File:
         number, _, _, end = self.current
         number, size = number + 1, len(record)
         at = _ODD if number % 2 else _EVEN
+        if self.longer and (size > _SMALL or os.fstat(self.fd).st_size > max(_PAGE, end)):
+            _fdatasync(self.fd)  # an older record goes: a power cut must not tear the newer, too
         start, inside = at + _SLOT.size, record
         try:
             if size > _SMALL:
@@ -786,8 +791,6 @@ class _File:
             raise SessionError('The session is too big: %d bytes of at most %d. Keep big things '
                                'elsewhere and their names here.' % (len(record), _MAX_RECORD))
         number, _, start, end = self.current
-        if self.longer:
-            _fdatasync(self.fd)  # an older record goes: a power cut must not tear the newer, too
         if not number:
             self._write(_NEW, 0)
         free = start < _PAGE or start >= _PAGE + len(record)
@@ -835,12 +838,20 @@ def _newest(fd: int, page: bytes) -> tuple[bytes | None, tuple[int, float, int, 
         for number, checksum, expires, start, size in (odd, even) if odd > even else (even, odd):
             end = start + size
             record = page[start:end] if end <= _PAGE else _pread(fd, min(size, _MAX_RECORD), start)
-            if record and zlib.crc32(record, number) == checksum:  # an empty slot has none
+            # An empty slot has none; somebody's last number could not be followed by another.
+            if record and zlib.crc32(record, number) == checksum and number < 1 << 63:
                 return record, (number, expires, start, end)
             if page != (again := _pread(fd, len(page), 0)):  # a save came between
                 return _newest(fd, again)
         ends = max(odd[2], even[2])  # unproven, but enough to remove what is damaged
     return None if _NEW.startswith(page[:_PAGE]) else b'', (0, ends, 0, 0)
+
+
+def _warn_if_cut(fd: int, path: str) -> None:
+    """ Log that a file has no record, unless it is just being made or removed. """
+    time.sleep(0.05)
+    if os.fstat(fd).st_nlink and _newest(fd, _pread(fd, _PAGE, 0))[0] is None:
+        _log.warning('%s was cut; it is treated as absent', path)
 
 
 def _absent(verb: str, path: str, error: OSError) -> bytes | None:
@@ -882,9 +893,10 @@ if fcntl is not None:
     _LOCK, _UNLOCK = fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_UN
 
     def _unlink(path: str, fd: int | None) -> None:
-        if fd is not None and os.access(os.path.dirname(path), os.W_OK):
-            os.ftruncate(fd, 0)  # tells those who have it open and wait for its lock
         os.unlink(path)
+        if fd is not None:
+            with suppress(OSError):
+                os.ftruncate(fd, 0)  # tells those who have it open and wait for its lock
 
     def _sync_directory(path: str) -> None:
         fd = os.open(path, os.O_RDONLY)
@@ -898,7 +910,7 @@ else:  # Windows: a directory is for one process, and its locks are in a dict
     _LOCK, _UNLOCK = True, False
     _held: dict[int, tuple[int, int]] = {}  # the holder's descriptor -> its file
     _claimed: set[str] = set()  # lock files, open as long as this process lives
-    _mutex = threading.Lock()
+    _mutex = threading.RLock()  # as MemoryStore's
     _nowhere = os.open(os.devnull, _READING)
     _chmod = _sync_directory = lambda *args: None  # nothing to do
 
@@ -984,7 +996,7 @@ class RedisStore(Store):
         return redis.call('GET', KEYS[2]) == ARGV[1] and redis.call('DEL', KEYS[2])"""
     _REMEDIES = {
         'ermission|ACL|run this': 'let its user do that: ACL SETUSER (name) ~(prefix)* +get +set '
-        '+del +mget +pttl +eval +getrange +scan +dbsize +info +ping',
+        '+del +mget +pttl +eval +getrange +scan +dbsize +info +ping +select',
         'Authentication': 'AUTH was refused: check user and password in the URL or the client',
         'OutOfMemory|OOM': 'raise maxmemory',
         'onnection refused|not known': 'start the server, or check host and port'}

@@ -8,12 +8,14 @@ import pickle
 import sys
 import types
 
+import pytest
 from hypothesis import HealthCheck, given, settings, strategies
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from harness import (  # noqa: E402
-    Boom, Browser, Thing, known, nothing_secret_is_logged, place, redis_url, stores)
+    Boom, Browser, Thing, known, nothing_secret_is_logged, place, redis_url, saves,
+    stores)
 from test_bottle_session import NAN, NOON, Size  # noqa: E402
 
 settings.register_profile('here', deadline=None, max_examples=100, database=None,
@@ -324,3 +326,20 @@ def test_what_is_in_many_places_at_once_is_not_compared_in_each_of_them(place):
 
     visitor.do(code)
     assert Row.pickled < 1_000_000 and len(visitor.data()['rows']) == 3
+
+
+@stores('own')
+@pytest.mark.parametrize('value, other', [((1, 2), [9]), ([(1, 2)], [9])])
+def test_what_another_serializer_changes_is_changed_once(place, value, other):
+    session = place(serializer=json)
+    visitor = known(session, a=1)
+
+    def code():
+        session['t'] = value
+        session.save()
+        visitor.meanwhile(saves(session, t=other))
+        session['x'] = 1
+        session.save()
+
+    visitor.do(code)
+    assert visitor.data() == {'a': 1, 't': other, 'x': 1}
