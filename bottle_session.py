@@ -350,9 +350,12 @@ class _Seal:
     def same(self, one: Any, other: Any) -> bool:
         """ Tell whether two values are equal, to their types: 1, 1.0 and True differ.
             In doubt they are not. """
-        if one is other or type(one) is not type(other):
+        if one is other or one is _MISSING or other is _MISSING:
             return one is other
-        if type(one) in _ATOMS:
+        if type(one) is not type(other):  # another serializer may have made a list of a tuple
+            if self.pickles:
+                return False
+        elif type(one) in _ATOMS:
             return bool(one == other)
         try:
             return bool(self._form(one) == self._form(other))
@@ -1258,7 +1261,8 @@ class _Owners:
         merged: _Entries = {}
         for entries in self._lists(owner):
             for name, entry in entries.items():
-                merged[name] = max(entry, merged.get(name, entry), key=lambda one: one['used'])
+                merged[name] = max(entry, merged.get(name, entry),
+                                   key=lambda one: (one['used'], one['expires']))
         return merged
 
     def living(self, entries: _Entries, now: float) -> _Entries:
@@ -1273,7 +1277,10 @@ class _Owners:
         for entries in self._lists(owner, 1, durable):
             old = {} if 'note' in entry else entries.get(like) or self.read(owner).get(like, {})
             ends = max(entry['expires'], entries.get(name, entry)['expires'])
+            later = [*entries][[*entries].index(like) + 1:] if old and like in entries else []
             entries[name] = {'created': entry['used'], 'note': '', **old, **entry, 'expires': ends}
+            for other in later:  # a new id has the place of its log-in
+                entries[other] = entries.pop(other)
 
     def leave(self, owner: str | None, name: str, before: float = 0, expires: float = 0) -> None:
         """ Have the lists of its owner, if it has one, forget a session that ended; or let it
@@ -1287,14 +1294,15 @@ class _Owners:
         except _Unavailable as error:
             _log.warning('session %s is listed for longer than it lives: %s', _public(name), error)
 
-    def revoke(self, owner: str | None, wanted: Callable[[str], bool], now: float) -> int:
+    def revoke(self, owner: str | None, wanted: Callable[[str], bool], now: float,
+               known: _Entries | None = None) -> int:
         """ End the sessions with these names; return how many lived. One that gets a new id
-            meanwhile is listed with it before, so the log-ins of the beginning are looked for
-            until none is left. """
-        found, ended = self.read(owner), 0
-        logins = {entry['created'] for entry in found.values()}
-        while going := [name for name, entry in found.items()
-                        if entry['created'] in logins and wanted(name)]:
+            meanwhile is listed with it before, so their log-ins are looked for under names
+            that are not `known` until none is left. """
+        known = found = known or self.read(owner)
+        logins, ended = {known[name]['created'] for name in filter(wanted, known)}, 0
+        while going := [name for name, entry in found.items() if entry['created'] in logins
+                        and (wanted(name) or name not in known)]:
             ended += sum(self._end(name) and found[name]['expires'] > now for name in going)
             for entries in self._lists(owner):
                 for name in going:
@@ -1306,26 +1314,28 @@ class _Owners:
         """ End what expired a day ago, as clocks differ, and those sessions that were not used
             for longest, but for `most`. Of several log-ins at once each ends only what was
             listed before it, so that one stays. """
-        entries = self.read(owner)
-        over = {name for name, entry in entries.items() if entry['expires'] + _DAY <= now}
-        if len(entries) - len(over) > most and newest in entries:  # else it was ended meanwhile
-            while entries.popitem()[0] != newest:
-                pass
-            others = self.living(entries, now)
+        known = self.read(owner)
+        over = {name for name, entry in known.items() if entry['expires'] + _DAY <= now}
+        if len(known) - len(over) > most and newest in known:  # else it was ended meanwhile
+            before = dict(itertools.takewhile(lambda item: item[0] != newest, known.items()))
+            others = self.living(before, now)
+            for name in before.keys() - others:
+                if self._block(name):  # a log-in without a session yet comes again, behind this
+                    self.leave(owner, name)
+                else:
+                    others.update(self.living({name: before[name]}, now))
             latest = sorted(others, key=lambda name: others[name]['used'], reverse=True)
             over.update(latest[most - 1:])
         if over:
-            self.revoke(owner, over.__contains__, now)
+            self.revoke(owner, over.__contains__, now, known)
 
     def _end(self, name: str) -> bool:
         """ End a session, and tell whether there was one; if there is none yet, there never
             will be. """
         store = self._store
-        # Nobody has the id of this mark: its name must not help to guess a secret.
-        mark = self._seal.seal(_BLOCKED, _new_id(), _NO_HEAD)
         for _ in range(100):
             record = store.load(name)
-            if record is None and store.create(name, mark, store.clock() + _BLOCKED_SECONDS):
+            if record is None and self._block(name):
                 return False
             if record and _kind_of(record) != _SESSION:
                 return False
@@ -1337,6 +1347,12 @@ class _Owners:
                 return bool(record)
             time.sleep(0.001)  # somebody is about to store or to end it
         raise StoreError()
+
+    def _block(self, name: str) -> bool:
+        """ Have nobody store a session under this name; False if somebody did. """
+        # Nobody has the id of this mark: its name must not help to guess a secret.
+        mark = self._seal.seal(_BLOCKED, _new_id(), _NO_HEAD)
+        return self._store.create(name, mark, self._store.clock() + _BLOCKED_SECONDS)
 
     def _lists(self, owner: str | None, secrets: int | None = None,
                durable: bool = False) -> Iterator[_Entries]:
@@ -1429,8 +1445,8 @@ class _Visit:
     """
 
     __slots__ = ('session', 'request', 'data', 'id', 'name', 'record', 'head', 'payload', 'older',
-                 'expires', 'due', 'options', 'touched', 'handed_out', 'stored', 'saving', 'ended',
-                 'moved', 'cookie', 'why', 'manual', 'depth', 'snapshot', 'held')
+                 'expires', 'due', 'options', 'touched', 'handed_out', 'stored', 'ended', 'moved',
+                 'cookie', 'why', 'manual', 'depth', 'snapshot', 'held')
 
     def __init__(self, session: Session, request: _Request) -> None:
         self.session, self.request = session, request
@@ -1447,7 +1463,6 @@ class _Visit:
         self.touched: dict[Any, Any] = {}
         self.handed_out = False
         self.stored: Any = None     # the payload's data, once more; None: not loaded yet
-        self.saving: Any = None     # data that were serialized, and what was loaded back of it
         self.ended = False          # by another request: nothing can be stored
         self.moved = False          # the browser sent an id that has just got a new one
         self.cookie: str | None = None  # what to tell the browser
@@ -1476,8 +1491,9 @@ class _Visit:
                 data, self.ended = {}, self.moved
         except MemoryError as error:  # it may be well in a moment
             raise StoreError() from error
-        self.data = data
-        return data
+        if self.data is None:  # else a thread of the route was faster
+            self.data = data
+        return self.data  # type: ignore[no-any-return]
 
     def _open(self, id: str, name: str, record: Any) -> dict[Any, Any] | None:
         """ Take this record as the stored one, and return the data; None if it holds no
@@ -1529,39 +1545,41 @@ class _Visit:
             others = {key: key for key in stored if type(key) is not str}
             if others:  # True may be in the place of 1
                 changed = {key for key in data if not same(key, others.get(key, key))}
-        for key, old in touched.items():
+        for key, old in touched.copy().items():  # a thread of the route may touch more
             new = data.get(key, _MISSING)
-            if type(new) in _ATOMS and type(old) in _ATOMS:  # nearly all
-                if type(new) is not type(old) or new != old:
+            if type(new) is type(old) and type(new) in _ATOMS:  # nearly all
+                if new != old:
                     changed.add(key)
             elif not same(old, new):
                 changed.add(key)
         return changed
 
-    def pending(self) -> Any:
-        """ Return the data serialized if a save would write them, else None. """
+    def pending(self) -> tuple[Any, ...] | None:
+        """ Return what `dumps` does if a save would write that, else None. """
         if self.id:
             if not (self.touched or self.handed_out or self.options):
                 return None
         elif self.ended or not self.data:
             return None
-        payload = self.dumps()
+        unsaved = self.dumps()
         if self.id and not self.options:
+            payload = unsaved[0]
             if type(payload) is bytes and payload == self.payload or not self.changes():
                 return None
-        return payload
+        return unsaved
 
     def dirty(self) -> bool:
         self.load()
         return self.pending() is not None
 
-    def dumps(self) -> Any:
-        """ Return the data serialized. What does not load back must not be stored. """
+    def dumps(self) -> tuple[Any, ...]:
+        """ Return the data serialized, as they are, and what was loaded back, if that was to
+            be tried: what does not load back must not be stored. """
         data, seal, loaded = self.data.copy(), self.session._seal, None
         try:
             payload = seal.dumps(data)
             if not (seal.keeps_values or self.handed_out and payload == self.payload):
-                for key in data if self.handed_out or not self.id else self.touched:
+                for key in data if self.handed_out or not self.id else self.touched.copy():
                     if not (seal.pickles and type(key) in _SURE and type(data.get(key)) in _SURE):
                         loaded = seal.loads(payload)
                         break
@@ -1575,8 +1593,7 @@ class _Visit:
                         'plain values, or what identifies the object.'
                         % (key, _kind(value), reason)) from error
             raise SessionError('The session cannot be stored: %s' % error) from error
-        self.saving = data, loaded
-        return payload
+        return payload, data, loaded
 
     # Saving
 
@@ -1584,13 +1601,13 @@ class _Visit:
         """ Store what this request changed, and tell whether that took a write. """
         if self.data is None or sys.exc_info()[1] and self.request.is_crashing():
             return False
-        while (payload := self.pending()) is not None:  # else another one wrote the same
+        while unsaved := self.pending():  # else another one wrote the same
             if not self.id:
-                self._switch_to(*self._create(payload, self._next_head(), None))
+                self._switch_to(*self._create(unsaved, self._next_head(), None))
                 return True
-            stored = self._update(payload, self.session.lock_timeout)
-            if stored is self.record:
-                self._mark_saved()
+            stored = self._update(unsaved[0], self.session.lock_timeout)
+            if stored is True:
+                self._mark_saved(*unsaved)
                 return True
             if self.held and stored:
                 _log.warning('session %s: its lock was lost to another request, the changes of '
@@ -1600,8 +1617,8 @@ class _Visit:
         return False
 
     def _update(self, payload: Any, seconds: float | None) -> Any:
-        """ Store these data and return their record; or what is stored by now, if another
-            request stored it; or None if the session has ended. """
+        """ Store these data and return True; or what is stored by now, if another request
+            stored it; or None if the session has ended. """
         session, name, head, expires = self.session, self.name, self.head, self.expires
         if session.clock() >= expires:
             record = session.store.load(name)
@@ -1627,19 +1644,21 @@ class _Visit:
             if expires < before:
                 session._owners.leave(head.owner, name, before, expires)
             self._set_cookie()
-        return record
+        return True
 
-    def _mark_saved(self) -> None:
-        """ Note that what was serialized last is stored. """
-        (saved, self.stored), data = self.saving, self.data
-        if self.stored is not None:  # somebody may hold what can be changed inside
+    def _mark_saved(self, payload: Any, saved: dict[Any, Any], loaded: Any) -> None:
+        """ Note that what `dumps` gave is stored. """
+        self.stored, data = loaded, self.data
+        if loaded is not None:  # somebody may hold what can be changed inside
             self.handed_out = True
-        # What a thread of the route has set meanwhile is not.
-        self.touched = {key: saved.get(key, _MISSING) for key in self.touched
-                        if saved.get(key, _MISSING) is not data.get(key, _MISSING)}
+        touched = self.touched
+        for key in [*touched]:  # but for what a thread of the route has set meanwhile
+            del touched[key]
+            if saved.get(key, _MISSING) is not data.get(key, _MISSING):
+                touched.setdefault(key, saved.get(key, _MISSING))
         self.due, self.options = False, _NOTHING
         if self.depth:
-            self.snapshot = self.payload, self.options
+            self.snapshot = payload, self.options
 
     def _merge(self, record: Any) -> bool:
         """ Take over what is stored by now, beneath the changes of this request; tell
@@ -1700,8 +1719,8 @@ class _Visit:
 
     # New ids, and the end
 
-    def _create(self, payload: Any, head: _Head, login: Any) -> tuple[Any, ...]:
-        """ Store the data under a new id, durably if somebody logs in or the old id is to
+    def _create(self, unsaved: tuple[Any, ...], head: _Head, login: Any) -> tuple[Any, ...]:
+        """ Store what `dumps` gave under a new id, durably if somebody logs in or the old id is to
             end (`login` is not None); return what `_switch_to` takes. """
         if self.request.sent:
             raise SessionError('Headers sent: a new session or id cannot be told to the browser '
@@ -1713,16 +1732,16 @@ class _Visit:
             if head.owner:
                 session._owners.enter(head.owner, name, self.name, durable, used=head.used,
                                       expires=expires, **login)
-            record = session._seal.seal(_SESSION, id, head, payload)
+            record = session._seal.seal(_SESSION, id, head, unsaved[0])
             if session.store.create(name, record, expires, durable):
-                return id, name, record, head, payload, expires
+                return id, name, record, head, expires, unsaved
             # A revoke() blocked the name: begin again.
 
     def _switch_to(self, *new: Any) -> None:
         """ Go on as the session that `_create` stored. """
-        self.id, self.name, self.record, self.head, self.payload, self.expires = new
-        self.older = self.ended = self.moved = False
-        self._mark_saved()
+        self.id, self.name, self.record, self.head, self.expires, unsaved = new
+        self.payload, self.older, self.ended, self.moved = unsaved[0], False, False, False
+        self._mark_saved(*unsaved)
         self._set_cookie()
 
     def regenerate(self, owner: str | None = None, note: str | None = None) -> None:
@@ -1738,8 +1757,7 @@ class _Visit:
                 return
             data.clear()  # a log-in begins anew, without what somebody logged out of
         if data or owner:
-            payload = self.dumps()
-            self._switch_to(*self._create(payload, self._next_head(owner), login))
+            self._switch_to(*self._create(self.dumps(), self._next_head(owner), login))
 
     def _move(self, owner: str | None, login: dict[str, Any]) -> bool:
         """ Store the session under a new id and end the old one; False if it is gone. """
@@ -1796,8 +1814,7 @@ class _Visit:
         self._reset('it was purged in this request', False)
         self.data = {} if self.data is None else self.data
         self.data.clear()
-        self.saving = _NOTHING, None
-        self._mark_saved()
+        self._mark_saved(None, _NOTHING, None)
         if self.cookie or session.cookie_name + '=' in environ.get('HTTP_COOKIE', ''):
             self.cookie = session._cookie.line(environ, '', 0)
 
@@ -1852,8 +1869,8 @@ class _Visit:
                 elif self.id and not self._merge(self._lock(self.name)):
                     self._end_elsewhere()
                     self.data.clear()
-                pending = self.pending()
-                self.snapshot = self.payload if pending is None else pending, self.options
+                unsaved = self.dumps() if self.ended else self.pending()
+                self.snapshot = unsaved[0] if unsaved else self.payload, self.options
             except BaseException:
                 self.unlock()
                 raise
@@ -2205,8 +2222,9 @@ class Session(MutableMapping):  # type: ignore[type-arg]
     def __setitem__(self, key: Any, value: Any) -> None:
         visit = self._visit()
         data = visit.load()
-        visit.touched.setdefault(key, data.get(key, _MISSING))
+        old = data.get(key, _MISSING)
         data[key] = value
+        visit.touched.setdefault(key, old)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._visit().load())
@@ -2226,10 +2244,10 @@ class Session(MutableMapping):  # type: ignore[type-arg]
 
     def update(self, /, *args: Any, **kwargs: Any) -> None:
         visit, new = self._visit(), dict(*args, **kwargs)
-        data, touch = visit.load(), visit.touched.setdefault
-        for key in new:
-            touch(key, data.get(key, _MISSING))
+        data = visit.load()
+        before = {key: data.get(key, _MISSING) for key in new}
         data.update(new)
+        visit.touched.update({**before, **visit.touched})
 
     def __ior__(self, other: Any) -> Session:  # type: ignore[misc]
         self.update(other)

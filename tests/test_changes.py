@@ -470,3 +470,20 @@ def test_the_plugin_takes_a_route_that_does_not_tell_its_arguments(session):
     visitor = Browser(session, plugin=True)
     visitor.app.route('/dict', callback=dict)
     assert visitor.get('/dict').status == 200
+
+
+@stores('own')
+@pytest.mark.parametrize('value, other', [((1, 2), [9]), ([(1, 2)], [9])])
+def test_what_another_serializer_changes_is_changed_once(place, value, other):
+    session = place(serializer=json)
+    visitor = known(session, a=1)
+
+    def code():
+        session['t'] = value
+        session.save()
+        visitor.meanwhile(saves(session, t=other))
+        session['x'] = 1
+        session.save()
+
+    visitor.do(code)
+    assert visitor.data() == {'a': 1, 't': other, 'x': 1}

@@ -3,10 +3,12 @@
     track: crashes of generators and in hooks, mounts, clocks that stand still, copies. """
 
 import contextlib
+import contextvars
 import copy
 import datetime
 import gc
 import io
+import itertools
 import logging
 import os
 import pickle
@@ -14,6 +16,7 @@ import re
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from wsgiref.handlers import SimpleHandler
 
 import bottle
@@ -655,6 +658,88 @@ def test_a_key_that_changed_its_type_is_changed_once(session):
 
     visitor.do(code)
     assert [type(key) for key in visitor.data()] == [bool]
+
+
+@three_stores
+def test_a_failed_block_undoes_nothing_that_was_set_before_it_in_an_ended_session(session):
+    visitor = known(session, a=1)
+
+    def code():
+        session['b'] = 2
+        visitor.meanwhile(session.purge)
+        assert session.save() is False
+        session['c'] = 3
+        with pytest.raises(Boom), session:
+            session['d'] = 4
+            raise Boom()
+        return session.copy()
+
+    assert visitor.do(code) == {'a': 1, 'b': 2, 'c': 3}
+
+
+def on_a_thread(code):
+    """ Run it on another thread of this request. """
+    elsewhere(contextvars.copy_context().run, code)
+
+
+@stores('memory', 'file', 'own', 'redis')
+@pytest.mark.parametrize('then', [lambda session: session.dirty, Session.save])
+def test_what_a_thread_of_the_route_sets_during_a_save_is_saved(place, then):
+    session = place(watched=True)
+    visitor = known(session, a=1)
+
+    def code():
+        session['b'] = 2
+        session.store.at('replace', 1, lambda: on_a_thread(
+            lambda: session.update(c=3) or then(session)))
+        session.save()
+        session.save()
+
+    visitor.do(code)
+    assert visitor.data() == {'a': 1, 'b': 2, 'c': 3}
+
+
+@stores('memory', 'file', 'own', 'redis')
+def test_threads_of_a_route_that_load_the_session_at_once_have_one_dict(place):
+    session = place(watched=True)
+    visitor = known(session, a=1)
+
+    def code():
+        session.connect()
+        session.store.at('load', 1, lambda: on_a_thread(lambda: session.update(b=2)))
+        session['c'] = 3
+        session.save()
+
+    visitor.do(code)
+    assert visitor.data() == {'a': 1, 'b': 2, 'c': 3}
+
+
+@stores('memory', 'own')
+def test_a_thread_may_set_new_keys_all_the_time(session):
+    visitor = known(session, a=1)
+    interval = sys.getswitchinterval()
+
+    def code():
+        done = threading.Event()
+
+        def fill():
+            for number in itertools.takewhile(lambda _: not done.is_set(), itertools.count()):
+                session['key %d' % (number % 500)] = number
+
+        with ThreadPoolExecutor(1) as pool:
+            filling = pool.submit(contextvars.copy_context().run, fill)
+            try:
+                sys.setswitchinterval(1e-6)
+                for _ in range(1000):
+                    session.save()
+            finally:
+                sys.setswitchinterval(interval)
+                done.set()
+            filling.result(30)
+        session.save()
+        return session.copy()
+
+    assert visitor.do(code) == visitor.data()
 
 
 @stores('memory')

@@ -375,3 +375,65 @@ def test_times_from_a_clock_that_starts_at_zero_are_times(place):
     visitor = log_in(session)
     assert visitor.do(lambda: session.created) == visitor.do(lambda: session.used)
     assert visitor.do(lambda: session.created).year == 1970
+
+
+@every_store
+def test_a_new_id_has_the_place_of_its_log_in_in_the_list(place):
+    """ An older session gets a new id after a log-in was listed, and before that ends others. """
+    session = place(max_logins=1, watched=True)
+    old, new = log_in(session), Browser(session)
+    session.store.at('create', 1, lambda: elsewhere(old.do, session.regenerate))
+    new.do(lambda: session.login('joe'))
+    assert new.do(lambda: session.owner) == 'joe'
+    assert len(session.logins('joe')) == len(place.records()) == 1
+
+
+@every_store
+@pytest.mark.parametrize('nth', [1, 2, 3])
+def test_two_log_ins_at_once_leave_one_whatever_their_order(place, nth):
+    session = place(max_logins=1, watched=True)
+    log_in(session)
+    others = bottle_session.Session(SECRET, mode=session.store, max_logins=1)
+    session.store.at('create', nth, lambda: elsewhere(log_in, others))
+    visitor = log_in(session)
+    assert visitor.last.status == 200
+    assert len(session.logins('joe')) == len(place.records()) == 1
+
+
+@every_store
+@pytest.mark.parametrize('nth', [3, 4])
+def test_revoke_others_spares_this_session_under_a_new_id(place, nth):
+    session = place(watched=True)
+    mine, other = log_in(session), log_in(session)
+    tab = mine.tab()
+    session.store.at('load', nth, lambda: elsewhere(tab.do, session.regenerate))
+    assert mine.do(session.revoke_others) == 1
+    assert tab.do(lambda: session.owner) == 'joe' and other.do(lambda: session.owner) is None
+
+
+@every_store
+def test_a_session_that_is_ended_by_its_id_is_ended_under_its_next_one(place):
+    session = place(watched=True)
+    visitor, other = log_in(session), log_in(session)
+    id = visitor.id()
+    session.store.at('load', 2, lambda: elsewhere(visitor.do, session.regenerate))
+    assert session.revoke('joe', id) == 1
+    assert visitor.do(lambda: session.owner) is None and other.do(lambda: session.owner) == 'joe'
+
+
+@stores('file', 'own', 'redis')
+def test_the_lists_of_two_secrets_agree_on_the_longer_life(place, clock):
+    """ While a request moves a session to the newer secret, another one gives it 60 days. """
+    old, session = place(secret=OTHER), place(secret=[SECRET, OTHER], watched=True)
+    visitor = log_in(old)
+    other = visitor.tab(session)
+
+    def lengthen():
+        session.days = 60
+        session.save()
+
+    session.store.at('load', 2, lambda: elsewhere(other.do, lengthen))
+    visitor.tab(session).do(saves(session, a=1))
+    clock.tick(40 * DAY)
+    assert visitor.do(lambda: old.owner) is None
+    assert other.do(lambda: session.owner) == 'joe' and len(session.logins('joe')) == 1
