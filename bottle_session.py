@@ -1025,8 +1025,7 @@ class RedisStore(Store):
         _require(isinstance(client, (redis.Redis, redis.RedisCluster))
                  and not client.get_encoder().decode_responses, 'client must be a URL, a redis.'
                  'Redis or a RedisCluster, without decode_responses=True, not %s', _kind(client))
-        self.client = client
-        self._prefix = prefix + '{'  # a cluster keeps on one node what is alike between { and }
+        self.client, self._prefix = client, prefix
         self._pool: Any = getattr(client, 'connection_pool', None)  # a cluster: one a node
         self._pack: Any = getattr(sys.modules.get('hiredis'), 'pack_command', None)
         self._settings = self._calm(redis.retry.Retry(redis.backoff.NoBackoff(), 0))
@@ -1039,21 +1038,19 @@ class RedisStore(Store):
                 _log.warning('redis: maxmemory-policy %s loses sessions; use noeviction', policy)
 
     def load(self, name: str) -> bytes | None:
-        return self._ask('GET', self._prefix + name + '}')  # type: ignore[no-any-return]
+        return self._ask('GET', self._key(name))  # type: ignore[no-any-return]
 
     def create(self, name: str, record: bytes, expires: float, durable: bool = False) -> bool:
-        ttl = max(1, int(1000 * (expires - self.clock())))
-        made = self._ask('SET', self._prefix + name + '}', record, 'NX', 'PX', ttl)
+        made = self._ask('SET', self._key(name), record, 'NX', 'PX', self._ttl(expires))
         return bool(made) or self.load(name) == record  # this was a retry
 
     def replace(self, name: str, version: bytes, record: bytes, expires: float,
                 lock: Any = None, durable: bool = False) -> bytes | None:
-        ttl = max(1, int(1000 * (expires - self.clock())))
-        reply = self._run(self._REPLACE, name, lock or b'', version, record, ttl)
+        reply = self._run(self._REPLACE, name, lock or b'', version, record, self._ttl(expires))
         return record if reply == 1 else reply
 
     def remove(self, name: str, version: bytes | None = None) -> bool:
-        return bool(self._ask('DEL', self._prefix + name + '}') if version is None
+        return bool(self._ask('DEL', self._key(name)) if version is None
                     else self._run(self._REMOVE, name, version))
 
     def lock(self, name: str) -> tuple[bytes, bytes] | None:
@@ -1066,9 +1063,8 @@ class RedisStore(Store):
     def sweep(self, now: float, progress: Progress = None) -> tuple[int, int]:
         if self._pool is None:  # a cluster: node by node
             nodes = map(self.client.get_redis_connection, self.client.get_primaries())
-            stores = (RedisStore(node, self._prefix[:-1]) for node in nodes)
-            return 0, sum(store.sweep(now, progress)[1] for store in stores)
-        pattern = re.sub(r'([][*?\\^-])', r'\\\1', self._prefix) + '?' * 64 + '}'
+            return 0, sum(RedisStore(node, self._prefix).sweep(now, progress)[1] for node in nodes)
+        pattern = re.sub(r'([][*?\\^-])', r'\\\1', self._prefix) + '{' + '?' * 64 + '}'
         size, seen, left, cursor = self._ask('DBSIZE'), 0, 0, None
         while cursor != b'0':
             cursor, keys = self._ask('SCAN', cursor or 0, 'MATCH', pattern, 'COUNT', 1000)
@@ -1078,8 +1074,14 @@ class RedisStore(Store):
                 progress(seen / max(seen, size) if cursor != b'0' else 1.0)
         return 0, left  # the server removes them
 
+    def _key(self, name: str) -> str:
+        return self._prefix + '{' + name + '}'  # a cluster keeps on one node what has these alike
+
+    def _ttl(self, expires: float) -> int:
+        return max(1, int(1000 * (expires - self.clock())))
+
     def _run(self, script: str, name: str, *args: Any) -> Any:
-        key = self._prefix + name + '}'
+        key = self._key(name)
         try:
             reply = self._ask('EVAL', script, 2, key, key + 'lock', *args)
         except BaseException:
@@ -1906,10 +1908,10 @@ class _Visit:
 
     # The end of the request
 
-    def finish(self, saves: bool) -> None:
+    def finish(self) -> None:
         """ Do what is left to do before the headers leave. """
         self.manual = not self.session._saves_itself(self.request)
-        if saves and not self.manual and not self.depth:
+        if not (self.request.crashed or self.manual or self.depth):
             self.save()
         if self.due and self.id and not self.request.sent:
             self._record_use()
@@ -2513,7 +2515,7 @@ class _Request:
         """ Let the visits that may have changed something do what is left to do. """
         for visit in self.visits.values():
             if visit.touched or visit.handed_out or visit.due or visit.options:
-                visit.finish(not self.crashed)
+                visit.finish()
 
     def fail(self, error: Exception) -> Any:
         """ Answer with this error instead. """
