@@ -21,7 +21,6 @@ from test_bottle_session import NAN, NOON, Size  # noqa: E402
 
 from bottle_session import SessionBusy, SessionError, Store  # noqa: E402
 
-every_store = stores('memory', 'file', 'own', 'redis')
 
 settings.register_profile('here', deadline=None, max_examples=100, database=None,
                           derandomize=bool(os.environ.get('CI')),
@@ -357,7 +356,6 @@ def test_a_store_that_lacks_a_method_says_so(method, arguments):
 
 # What the head says
 
-@every_store
 @pytest.mark.parametrize('act', ['save', 'regenerate'])
 def test_a_session_that_another_request_kept_alive_is_saved(place, clock, act):
     session = place(days=1)
@@ -374,7 +372,6 @@ def test_a_session_that_another_request_kept_alive_is_saved(place, clock, act):
     assert visitor.data() == {'a': 1, 'b': 2}
 
 
-@every_store
 def test_what_was_saved_of_days_and_use_is_read_in_the_same_request(place, clock):
     session = place()
     visitor = known(session, a=1)
@@ -403,7 +400,6 @@ def test_days_that_nobody_saved_are_not_stored_with_the_use_and_a_warning_says_s
     assert visitor.do(lambda: session.days) == 30
 
 
-@every_store
 def test_a_block_keeps_no_lock_of_another_cookie_that_names_no_session(place, clock):
     session = place(days=1)
     ids = [known(session, n=1).cookies['bsession']]
@@ -441,7 +437,6 @@ def test_a_session_for_which_there_is_no_memory_is_an_error_and_no_log_out(sessi
     assert 503 in statuses and statuses[-1] == 200
 
 
-@every_store
 def test_a_block_that_is_left_in_another_request_is_an_error_and_harms_no_other_block(place):
     session = place(lock_timeout=0.1)
     visitor = known(session, n=0)
@@ -465,7 +460,6 @@ def test_a_block_that_is_left_in_another_request_is_an_error_and_harms_no_other_
     assert visitor.data() == {'n': 1}
 
 
-@every_store
 def test_the_plugin_takes_a_route_that_does_not_tell_its_arguments(session):
     visitor = Browser(session, plugin=True)
     visitor.app.route('/dict', callback=dict)

@@ -26,7 +26,6 @@ from harness import (  # noqa: E402
 
 from bottle_session import Session, SessionError, StoreError  # noqa: E402
 
-every_store = stores('memory', 'file', 'own', 'redis')
 three_stores = stores('memory', 'file', 'own')
 sealed_two = stores('file', 'own')
 JOE = {'user': 'joe', 'cart': [1]}
@@ -219,7 +218,6 @@ def test_the_cookie_is_on_the_page_that_follows_headers_which_the_server_refused
 
 # What is saved, when, and what is said of it
 
-@every_store
 def test_reading_never_waits_for_a_with_also_if_the_use_is_due(place, clock, caplog):
     session = place(lock_timeout=30)
     visitor = known(session, **JOE)
@@ -421,7 +419,6 @@ def test_a_clock_that_cannot_be_called_is_refused(session, value):
     assert known(session, **JOE).data() == JOE
 
 
-@every_store
 @cases('start', [1_500_000_000.0, 4_000_000_000.0], ids=['behind', 'ahead'])
 def test_a_clock_far_from_the_machines_decides_what_lives(place, start):
     session, now = place(days=1), [start]

@@ -17,7 +17,6 @@ from harness import (  # noqa: E402
 import bottle_session  # noqa: E402
 from bottle_session import StoreError  # noqa: E402
 
-every_store = stores('memory', 'file', 'own', 'redis')
 OTHER = 'another secret of more than sixteen bytes'
 
 
@@ -27,7 +26,6 @@ def log_in(session, cookies=(), note='', **data):
     return visitor
 
 
-@every_store
 def test_expired_log_ins_count_neither_for_max_logins_nor_in_revoke(place, clock):
     session = place(days=1, max_logins=2)
     long = Browser(session)
@@ -40,7 +38,6 @@ def test_expired_log_ins_count_neither_for_max_logins_nor_in_revoke(place, clock
     assert session.revoke('joe') == 2
 
 
-@every_store
 def test_a_list_outlives_its_session_also_while_its_days_get_fewer(place, clock):
     session = place(watched=True)
     visitor = log_in(session)
@@ -57,7 +54,6 @@ def test_a_list_outlives_its_session_also_while_its_days_get_fewer(place, clock)
     assert len(session.logins('joe')) == 1 == session.revoke('joe')
 
 
-@every_store
 def test_a_save_that_comes_too_late_leaves_no_entry_in_the_list(place, clock):
     session = place()
     visitor = log_in(session)
@@ -82,7 +78,6 @@ def test_what_revoke_leaves_is_absent_and_confirms_no_guess_of_the_secret(place,
         session._seal.open(name, left[name])
 
 
-@every_store
 @pytest.mark.parametrize('error', [KeyboardInterrupt, OSError, Boom])
 def test_a_new_id_that_is_interrupted_leaves_a_cookie_that_works(place, error, monkeypatch):
     session = place(watched=True)
@@ -103,7 +98,6 @@ def test_a_new_id_that_is_interrupted_leaves_a_cookie_that_works(place, error, m
     assert visitor.data() == {'a': 1}
 
 
-@every_store
 @pytest.mark.parametrize('method', ['create', 'replace'])
 def test_a_log_in_that_fails_is_not_saved_under_the_old_id(place, method):
     session = place(watched=True)
@@ -114,7 +108,6 @@ def test_a_log_in_that_fails_is_not_saved_under_the_old_id(place, method):
     assert answer.status == 503 and not visitor.told() and visitor.data() == {'a': 1}
 
 
-@every_store
 def test_a_busy_session_is_waited_for_once(place, caplog):
     session = place(lock_timeout=0.2)
     visitor = known(session, a=1)
@@ -140,7 +133,6 @@ def test_a_session_that_moves_between_lists_is_never_missed(place, nth, use, mov
     assert visitor.do(lambda: two[0].owner) is None and not place.records()
 
 
-@every_store
 def test_a_new_session_that_could_not_be_undone_stays_listed(place, caplog):
     session = place(watched=True)
     visitor = log_in(session)
@@ -156,7 +148,6 @@ def test_a_new_session_that_could_not_be_undone_stays_listed(place, caplog):
     assert len(session.logins('joe')) == len(place.records()) == session.revoke('joe')
 
 
-@every_store
 def test_a_block_whose_session_was_ended_before_knows_no_owner_any_more(place):
     session = place()
     visitor = log_in(session, a=1)
@@ -181,7 +172,6 @@ def test_a_store_that_never_does_it_is_an_error_at_last(session, method, act):
         act(session)
 
 
-@every_store
 def test_a_new_id_that_fails_in_a_block_keeps_its_lock(place):
     session = place(watched=True, lock_timeout=0.1)
     visitor, late = known(session, n=1), place(lock_timeout=0.1)
@@ -200,7 +190,6 @@ def test_a_new_id_that_fails_in_a_block_keeps_its_lock(place):
     assert visitor.data() == {'n': 2}
 
 
-@every_store
 def test_a_log_out_that_fails_half_way_keeps_the_session_that_is_seen(place):
     session = place(watched=True)
     mine, other = known(session, a=1), known(session, b=2)
@@ -217,7 +206,6 @@ def test_a_log_out_that_fails_half_way_keeps_the_session_that_is_seen(place):
     assert mine.data() == {'a': 1}
 
 
-@every_store
 def test_a_log_in_after_the_end_of_a_session_has_nothing_of_its_options(place):
     session = place()
     visitor = known(session, a=1)
@@ -311,7 +299,6 @@ def test_a_session_that_is_revoked_while_its_days_get_fewer_is_no_error(place):
     assert not visitor.data() and not place.records(b'l')
 
 
-@every_store
 def test_a_save_that_another_request_made_unneeded_leaves_the_session_listed(place, clock):
     session = place()
     visitor = log_in(session)
@@ -377,7 +364,6 @@ def test_times_from_a_clock_that_starts_at_zero_are_times(place):
     assert visitor.do(lambda: session.created).year == 1970
 
 
-@every_store
 def test_a_new_id_has_the_place_of_its_log_in_in_the_list(place):
     """ An older session gets a new id after a log-in was listed, and before that ends others. """
     session = place(max_logins=1, watched=True)
@@ -388,7 +374,6 @@ def test_a_new_id_has_the_place_of_its_log_in_in_the_list(place):
     assert len(session.logins('joe')) == len(place.records()) == 1
 
 
-@every_store
 @pytest.mark.parametrize('nth', [1, 2, 3])
 def test_two_log_ins_at_once_leave_one_whatever_their_order(place, nth):
     session = place(max_logins=1, watched=True)
@@ -400,7 +385,6 @@ def test_two_log_ins_at_once_leave_one_whatever_their_order(place, nth):
     assert len(session.logins('joe')) == len(place.records()) == 1
 
 
-@every_store
 @pytest.mark.parametrize('nth', [3, 4])
 def test_revoke_others_spares_this_session_under_a_new_id(place, nth):
     session = place(watched=True)
@@ -411,7 +395,6 @@ def test_revoke_others_spares_this_session_under_a_new_id(place, nth):
     assert tab.do(lambda: session.owner) == 'joe' and other.do(lambda: session.owner) is None
 
 
-@every_store
 def test_a_session_that_is_ended_by_its_id_is_ended_under_its_next_one(place):
     session = place(watched=True)
     visitor, other = log_in(session), log_in(session)

@@ -27,7 +27,6 @@ def on_a_thread(code):
     elsewhere(contextvars.copy_context().run, code)
 
 
-@stores('memory', 'file', 'own', 'redis')
 @pytest.mark.parametrize('then', [lambda session: session.dirty, Session.save])
 def test_what_a_thread_of_the_route_sets_during_a_save_is_saved(place, then):
     session = place(watched=True)
@@ -44,7 +43,6 @@ def test_what_a_thread_of_the_route_sets_during_a_save_is_saved(place, then):
     assert visitor.data() == {'a': 1, 'b': 2, 'c': 3}
 
 
-@stores('memory', 'file', 'own', 'redis')
 def test_threads_of_a_route_that_load_the_session_at_once_have_one_dict(place):
     session = place(watched=True)
     visitor = known(session, a=1)
